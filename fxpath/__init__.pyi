@@ -1,0 +1,15 @@
+from .batch import compute as compute
+from .errors import FxpathError as FxpathError
+from .network import Network as Network
+from .network import trace as trace
+from .neurons import NeuronIndex as NeuronIndex
+from .neurons import Site as Site
+from .pathways import Pathways as Pathways
+from .pathways import Scores as Scores
+from .samples import Samples as Samples
+from .selectors import Active as Active
+from .selectors import Magnitude as Magnitude
+from .selectors import NeuronMCT as NeuronMCT
+from .selectors import Random as Random
+from .store import Store as Store
+from .store import open_store as open_store
