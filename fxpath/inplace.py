@@ -1,0 +1,205 @@
+"""In-place operations of a traced graph become out-of-place, in the graph alone.
+
+An in-place operation changes every view of its operand. The graph is run once as it is to see which nodes share
+memory; later readers of a node that is the *same* view are moved to the new value. Where memory is shared in any
+other way (a slice that is written to, a view taken before and read after) `AliasError` sends the caller to
+`torch.export`, which functionalises such graphs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift")
+} | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
+
+
+class AliasError(Exception):
+    """An in-place operation whose effect reaches other nodes through shared memory; functionalisation is needed."""
+
+
+class MutationError(Exception):
+    """A node changes a tensor in place and has no known out-of-place form."""
+
+
+class InPlaceProxy(fx.Proxy):
+    """A proxy that records `x += y` as `operator.iadd`; fx's own takes it for `x + y` and loses the aliasing."""
+
+
+def _recording(name: str) -> Callable[[fx.Proxy, Any], Any]:
+    target = getattr(operator, name)
+
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return record
+
+
+for _target in _OPERATORS:
+    setattr(InPlaceProxy, f"__{_target.__name__}__", _recording(_target.__name__))
+
+
+def _stripped(name: str) -> str | None:
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else None
+
+
+def _without_flag(node: fx.Node) -> bool:
+    """Switch off `inplace=True` of a functional call; says whether it was on."""
+    try:
+        signature = inspect.signature(node.target)  # type: ignore[arg-type]
+        bound = signature.bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):
+        return False
+    if bound.arguments.get("inplace") is not True:
+        return False
+    bound.arguments["inplace"] = False
+    node.args, node.kwargs = bound.args, bound.kwargs
+    return True
+
+
+def _functional_overload(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    namespace, name = target._schema.name.split("::")
+    plain = _stripped(name)
+    packet = getattr(getattr(torch.ops, namespace), plain, None) if plain else None
+    overload = getattr(packet, target._overloadname, None) if packet is not None else None
+    if overload is None or overload._schema.is_mutable:
+        raise MutationError(f"{target} has no out-of-place form")
+    return overload  # type: ignore[no-any-return]
+
+
+def _make_functional(node: fx.Node, module: fx.GraphModule, before: fx.GraphModule) -> bool:
+    """Give one node its out-of-place form; says whether it was in place in the graph `before`."""
+    target = node.target
+    if node.op == "call_module":
+        called = before.get_submodule(str(target))
+        if getattr(called, "inplace", False) is not True:
+            return False
+        twin = copy.copy(called)  # shares everything with the caller's module but this one flag
+        twin.inplace = False  # type: ignore[assignment]
+        node.target = f"fxpath_out_of_place.{str(target).replace('.', '_')}"  # the caller's containers stay untouched
+        module.add_submodule(node.target, twin)
+        return True
+    if node.op == "call_method":
+        plain = _stripped(str(target))
+        if plain is None:
+            return False
+        if not callable(getattr(Tensor, plain, None)):
+            raise MutationError(f"method {target!r} has no out-of-place form")
+        node.target = plain
+        return True
+    if node.op != "call_function":
+        return False
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        raise MutationError(f"{node.format_node()} writes into another tensor (out=)")
+    if isinstance(target, torch._ops.OpOverload):
+        if not target._schema.is_mutable:
+            return False
+        node.target = _functional_overload(target)
+        return True
+    if target in _OPERATORS:
+        node.target = _OPERATORS[target]  # type: ignore[index]
+        return True
+    if target is operator.setitem:
+        raise MutationError("assignment to a slice has no out-of-place form")
+    plain = _stripped(getattr(target, "__name__", ""))
+    if plain is not None and getattr(target, "__module__", None) != "_operator":
+        for home in (torch, torch.nn.functional, torch._C._nn, torch.nn.init):
+            if getattr(home, f"{plain}_", None) is target and callable(getattr(home, plain, None)):
+                node.target = getattr(home, plain)
+                return True
+        if plain not in ("and", "or", "not", "is"):
+            raise MutationError(f"function {target} looks in place and has no out-of-place form")
+    return _without_flag(node)
+
+
+def _operand(node: fx.Node) -> fx.Node | None:
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    return first if isinstance(first, fx.Node) else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps every value, so that shared memory can be told from memory used again."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.values[n] = value
+        return value
+
+
+def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
+    """Rewrite `module.graph` without in-place operations; `leaves` are the values of its placeholders.
+
+    Raises `MutationError` for an operation without an out-of-place form and `AliasError` where shared memory makes a
+    node-by-node rewriting wrong.
+    """
+    twins: dict[fx.Node, fx.Node] = {}
+    plain = fx.Graph()
+    plain.output(plain.graph_copy(module.graph, twins))
+    before = fx.GraphModule(module, plain)  # the graph as traced, for looking at its memory
+    order = list(module.graph.nodes)
+    changed = [node for node in order if _make_functional(node, module, before)]
+    if not changed:
+        return
+    recorder = _Recorder(before)
+    with torch.no_grad():
+        # the copies keep the caller's tensors apart from what the in-place operations write
+        recorder.run(*pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, list(leaves)))
+    seen = {node: recorder.values.get(twins[node]) if node in twins else None for node in order}
+    storages = {node: {t.untyped_storage()._cdata for t in _tensors(seen[node])} for node in order}
+    rank = {node: number for number, node in enumerate(order)}
+    for node in changed:
+        operand = _operand(node)
+        if operand is None or not isinstance(seen[operand], Tensor):
+            continue  # numbers: `n += 1` changes no tensor
+        for other in order[: rank[node]]:
+            if not storages[other] & storages[operand]:
+                continue
+            later = [user for user in other.users if rank[user] > rank[node]]
+            if other.op == "get_attr":
+                raise MutationError(f"{node.format_node()} changes a parameter or buffer of the model")
+            if not later:
+                continue
+            if not isinstance(seen[other], Tensor) or _place(seen[other]) != _place(seen[operand]):
+                raise AliasError(f"{node.format_node()} writes to memory that {other.name} reads through another view")
+            for user in later:
+                user.replace_input_with(other, node)
+    module.graph.lint()
+    module.recompile()
+
+
+class MutationAudit(fx.Interpreter):
+    """Runs a graph and notes every node that still changes a tensor it was given."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.changed: list[str] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        given = [leaf for node in n.all_input_nodes for leaf in _tensors(self.env[node])]
+        versions = [tensor._version for tensor in given]
+        value = super().run_node(n)
+        if any(tensor._version != version for tensor, version in zip(given, versions, strict=True)):
+            self.changed.append(n.name)
+        return value

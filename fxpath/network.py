@@ -1,0 +1,469 @@
+"""`Network`: the one object all else runs on. A gated graph, its neuron index, and ways to run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import InputError, RestrictionError, SampleError, SiteError
+from .gates import Gates, Restriction, flat, grouped
+from .neurons import Granularity, NeuronIndex, Site
+from .pathways import Pathways
+from .responses import Response, checked_response, logit, resolve_target, respond
+from .rewriting import SiteSpec, channel_axis, choose_sites, cut, insert_gates, prefix, site_edges
+from .samples import Samples, type_of_target
+from .tracing import Traced, trace_module
+
+
+def trace(
+    model: nn.Module,
+    x: Any,
+    *,
+    sites: SiteSpec = "rectifiers",
+    granularity: Granularity = "unit",
+    response: Response | Callable[[Any], Tensor] | str = logit,
+    tracer: fx.Tracer | None = None,
+    leaves: Sequence[type[nn.Module]] = (),
+    check: bool = True,
+) -> Network:
+    """Trace a model in evaluation mode to a `Network`: a graph with a gate after every activation.
+
+    `x` is an example batch (tensor, tuple of arguments, dict of keyword arguments, or `Samples`) on the model's
+    device. `sites` chooses the activations that count as neurons: "rectifiers", "activations", names, globs, module
+    types or a callable on fx nodes. `response` is Φ. The model is neither changed nor copied.
+
+    Raises `ModelError` (training mode, cannot run on x), `TraceError` (no graph equals the model), `SiteError` (no
+    activation found).
+
+    >>> from torch import nn
+    >>> network = trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.ones(2, 3))
+    >>> network.index.size, [site.name for site in network.index.sites]
+    (4, ['1'])
+    """
+    samples = Samples.of(x)
+    kinds = sites if isinstance(sites, Sequence) and not isinstance(sites, str) else [sites]
+    types = tuple(kind for kind in kinds if isinstance(kind, type))
+    if isinstance(model, nn.Module):
+        _require_one_device(model, samples)
+    traced = trace_module(model, samples, tracer=tracer, leaves=(*leaves, *types), check=check)
+    return Network(traced, samples, sites=sites, granularity=granularity, response=checked_response(response))
+
+
+def _require_one_device(model: nn.Module, samples: Samples) -> None:
+    homes = {tensor.device for tensor in model.parameters()}
+    if homes and samples.device not in homes:
+        raise InputError(
+            f"trace: the example is on {samples.device}, the model on {', '.join(map(str, homes))}; move one of them: "
+            "x = x.to(device)"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward and one backward: Φ `(B,)`, the class explained `(B,)`, values and gradients of every site.
+
+    `activations[i]` and `gradients[i]` have site i's own shape `(B, …)`; a gradient is ∂Φ/∂a at the gate's output.
+    """
+
+    output: Any
+    response: Tensor
+    target: Tensor | None
+    activations: list[Tensor]
+    gradients: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """What the unrestricted network says of samples.
+
+    response, probability, prediction, target `(B,)`; `active` `(B, N)` bool: a > 0 (a channel counts when any of its
+    units does). probability, prediction and target are None for responses without classes.
+    """
+
+    response: Tensor
+    probability: Tensor | None
+    prediction: Tensor | None
+    target: Tensor | None
+    active: Tensor
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a network masked to pathways answers.
+
+    response = Φ(x; e ⊙ a), dropped_response = Φ(x; (1 − e) ⊙ a), probability, same_class (its argmax is the
+    original's), all `(B,)`; live `(B, sites)`: neurons of the pathway that are dead in the original network and
+    switched on in the masked one.
+    """
+
+    response: Tensor
+    probability: Tensor | None
+    same_class: Tensor | None
+    dropped_response: Tensor
+    live: Tensor
+
+
+class Network:
+    """A traced model with a gate after every site; made by `fxpath.trace`.
+
+    `network(x)` is the model's output. Inside `with network.masked(pathways)` or `with network.frozen(pathways, at=x)`
+    it is the restricted network's, and so is all else that runs. Nothing stays behind after a call: no hook, no
+    activation, no changed tensor.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        example: Samples,
+        *,
+        sites: SiteSpec = "rectifiers",
+        granularity: Granularity = "unit",
+        response: Response = logit,
+    ) -> None:
+        if granularity not in ("unit", "channel"):
+            raise InputError(f"granularity: expected 'unit' or 'channel', found {granularity!r}")
+        self.traced = traced
+        self.response = response
+        self._module = traced.graph_module
+        chosen = choose_sites(self._module, sites)
+        self._gate_nodes = insert_gates(self._module, chosen)
+        self._layout = [(tuple(t.shape[1:]), t.dtype) for t in example.tensors]
+        self._keys = sorted(example.kwargs) or len(example.args)
+        self._restriction: Restriction | None = None
+        self.index = self._measure(example, [(a.name, a.op) for a in chosen], granularity)
+        self.edges = tuple(site_edges(self._module))
+        parents = {target for source, target in self.edges if source >= 0}
+        self._entries = frozenset(range(len(self.index))) - parents
+
+    # --- the index ---
+
+    def _measure(self, example: Samples, named: Sequence[tuple[str, str]], granularity: Granularity) -> NeuronIndex:
+        """Shapes of all sites from batches of 1 and 2 samples; a fold of other axes into the batch is found so."""
+        shapes: list[dict[int, tuple[int, ...]]] = []
+        for rows in ([0], [0, min(1, example.batch - 1)]):
+            seen: dict[int, tuple[int, ...]] = {}
+
+            def note(number: int, value: Any, seen: dict[int, tuple[int, ...]] = seen) -> None:
+                if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim == 0:
+                    raise SiteError(f"site {named[number][0]}: expected a floating-point tensor, found {_kind(value)}")
+                seen[number] = tuple(value.shape)
+
+            empty = NeuronIndex([])
+            batch = example.take(rows).map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach())
+            with torch.no_grad():
+                self._run(batch, Gates(empty, watch=note))
+            shapes.append(seen)
+        blocks, axes, folds = [], [], []
+        for number, (name, op) in enumerate(named):
+            one, two = shapes[0].get(number), shapes[1].get(number)
+            if one is None or two is None or two != (2 * one[0], *one[1:]):
+                raise SiteError(
+                    f"site {name}: expected its first axis to grow with the batch, found shape {one} for one sample and "
+                    f"{two} for two; leave it out with sites=…, or put the batch axis first"
+                )
+            fold = one[0]
+            shape = one[1:] if fold == 1 else one
+            node = self._gate_nodes[number].args[0]
+            axis = channel_axis(node, len(one) - 1) if isinstance(node, fx.Node) else 0
+            blocks.append((name, op, shape))
+            axes.append(max(axis, 0) + (fold > 1))
+            folds.append(fold)
+        return NeuronIndex.build(blocks, axes=axes, folds=folds, granularity=granularity)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites in order of execution."""
+        return self.index.sites
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the model that the graph reads, by name."""
+        return dict(self._module.named_parameters()) | dict(self._module.named_buffers())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
+
+    @cached_property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each input tensor, without the batch axis."""
+        return tuple(shape for shape, _ in self._layout)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the sites' names, operations and shapes, and the bytes of all weights."""
+        digest = hashlib.sha256(json.dumps(self.index.to_json(), sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{name}{tuple(plain.shape)}{plain.dtype}".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Network({len(self.sites)} sites, {self.index.size} neurons, response={self.response.name!r})"
+
+    # --- running ---
+
+    def _run(self, samples: Samples, gates: Gates | None) -> Any:
+        return self.traced.unbind(self._module(*self.traced.bind(samples), gates))
+
+    def samples(self, x: Any, target: type_of_target = None) -> Samples:
+        """`x` as samples that fit this network; raises `InputError` where shape, type or device do not.
+
+        Tensors made in inference mode are copied, as gradients need.
+        """
+        samples = Samples.of(x, target)
+        keys = sorted(samples.kwargs) or len(samples.args)
+        if keys != self._keys:
+            raise InputError(f"network: expected the arguments of the example ({self._keys}), found {keys}")
+        for tensor, (shape, dtype) in zip(samples.tensors, self._layout, strict=True):
+            if tuple(tensor.shape[1:]) != shape:
+                raise InputError(
+                    f"network: expected inputs (B, {', '.join(map(str, shape))}) as in the example it was traced on, "
+                    f"found {tuple(tensor.shape)}; resize them, or trace again with an example of this size"
+                )
+            if tensor.dtype != dtype:
+                raise InputError(f"network: expected inputs of {dtype}, found {tensor.dtype}; convert them with .to()")
+            if tensor.device != self.device:
+                raise InputError(f"network: the model is on {self.device}, the input on {tensor.device}; x.to(device)")
+        return samples.map(lambda leaf: leaf.clone()) if any(t.is_inference() for t in samples.tensors) else samples
+
+    def __call__(self, x: Any) -> Any:
+        """The model's output for `x`, under the restriction that is in force; differentiable in `x`."""
+        samples = self.samples(x)
+        gates = None if self._restriction is None else Gates(self.index, self._restriction)
+        return self._run(samples, gates)
+
+    def respond(self, x: Any, target: type_of_target = None) -> Tensor:
+        """Φ(x), `(B,)`, under the restriction that is in force; differentiable in `x`.
+
+        Without a target it is the response of the class that this, possibly restricted, network predicts.
+        """
+        samples = self.samples(x, target)
+        output = self(samples)
+        return respond(self.response, output, self._resolve(output, samples), samples.batch)
+
+    def _resolve(self, output: Any, samples: Samples) -> Tensor | None:
+        return resolve_target(self.response.logits(output), samples.target)
+
+    def activations(self, x: Any) -> list[Tensor]:
+        """Every site's activation, `(B, …)` each, after its gate; one forward without gradients."""
+        samples = self.samples(x)
+        gates = Gates(self.index, self._restriction, keep=True)
+        with torch.no_grad():
+            self._run(samples, gates)
+        return [gates.seen[number] for number in range(len(self.index))]
+
+    def gradients(self, x: Any, target: type_of_target = None) -> Pass:
+        """Activations and ∂Φ/∂a of every site in one forward and one backward for the whole batch.
+
+        Gradients are zero where Φ does not depend on a site. Parameters get none and are not touched.
+        """
+        samples = self.samples(x, target)
+        gates = Gates(self.index, self._restriction, differentiate=True, entries=self._entries)
+        with torch.inference_mode(False), torch.enable_grad():
+            output = self._run(samples.map(torch.detach), gates)
+            resolved = self._resolve(output, samples)
+            value = respond(self.response, output, resolved, samples.batch)
+            seen = [gates.seen[number] for number in range(len(self.index))]
+            if not value.requires_grad:
+                raise SiteError(f"gradients: the response {self.response.name!r} depends on none of the sites")
+            found = torch.autograd.grad(value.sum(), seen, allow_unused=True)
+        slopes = [torch.zeros_like(a) if g is None else g for a, g in zip(seen, found, strict=True)]
+        return Pass(_detached(output), value.detach(), resolved, [a.detach() for a in seen], slopes)
+
+    def signed_products(self, x: Any, target: type_of_target = None) -> tuple[Tensor, Pass]:
+        """a · ∂Φ/∂a of every neuron, `(B, N)`, and the pass it came from."""
+        run = self.gradients(x, target)
+        batch = run.response.shape[0]
+        products = run.activations[0].new_empty((batch, self.index.size))
+        for site, value, slope in zip(self.sites, run.activations, run.gradients, strict=True):
+            if site.neurons == site.units:
+                torch.mul(flat(value, site), flat(slope, site), out=products[:, site.slice])
+            else:
+                products[:, site.slice] = grouped(value * slope, site)
+        return products, run
+
+    def rows(self, values: Sequence[Tensor]) -> Tensor:
+        """One tensor per site → one row per sample, `(B, N)`; at channel granularity summed over each channel."""
+        return torch.cat([grouped(v, site) for v, site in zip(values, self.sites, strict=True)], dim=1)
+
+    # --- restrictions ---
+
+    @contextmanager
+    def restricted(self, restriction: Restriction) -> Iterator[Network]:
+        """λ ⊙ a + μ at the gates for the length of a `with` block. Nesting raises `RestrictionError`."""
+        if self._restriction is not None:
+            raise RestrictionError("restricted network: it is restricted already; leave the outer with block first")
+        if not len(restriction.scale) == len(restriction.shift) == len(self.index):
+            raise RestrictionError(f"restriction: expected λ and μ for {len(self.index)} sites")
+        self._restriction = restriction
+        try:
+            yield self
+        finally:
+            self._restriction = None
+
+    def _gates_of(self, pathways: Pathways) -> list[Tensor]:
+        if pathways.index != self.index:
+            raise RestrictionError(
+                f"pathways: they are of another index ({pathways.index!r}); this network has {self.index!r}"
+            )
+        if pathways.mask.device != self.device:
+            raise RestrictionError(f"pathways: they are on {pathways.mask.device}, the model on {self.device}")
+        return pathways.gates()
+
+    @contextmanager
+    def masked(self, pathways: Pathways) -> Iterator[Network]:
+        """Φ(·; e ⊙ a): activations off the pathway become 0 (METHODS §2)."""
+        with self.restricted(Restriction(self._gates_of(pathways), [None] * len(self.index))):
+            yield self
+
+    @contextmanager
+    def frozen(self, pathways: Pathways, at: Any) -> Iterator[Network]:
+        """Φ̂(·; e) at x: a neuron off the pathway is the constant it had at `at` and passes no gradient (METHODS §2).
+
+        `at` has one sample for each pathway, or one for all.
+        """
+        if self._restriction is not None:
+            raise RestrictionError("restricted network: it is restricted already; leave the outer with block first")
+        scale = self._gates_of(pathways)
+        with torch.inference_mode(False):
+            values = self.activations(at)
+        batch = values[0].shape[0] // self.sites[0].fold
+        if 1 != batch != pathways.batch != 1:
+            raise RestrictionError(
+                f"frozen: there are {pathways.batch} pathways and {batch} samples to take constants from; give one each"
+            )
+        shift = [value.reshape(-1, *site.shape) for value, site in zip(values, self.sites, strict=True)]
+        with self.restricted(Restriction(scale, shift)):
+            yield self
+
+    # --- what a pathway answers ---
+
+    def original(self, x: Any, target: type_of_target = None) -> Original:
+        """The unrestricted network's answer and activation pattern, from one forward.
+
+        Raises `SampleError` for samples whose response is NaN or infinite.
+        """
+        if self._restriction is not None:
+            raise RestrictionError("original: the network is restricted; leave the with block first")
+        samples = self.samples(x, target)
+        active = torch.empty((samples.batch, self.index.size), dtype=torch.bool, device=self.device)
+
+        def note(number: int, value: Tensor) -> None:
+            site = self.index.sites[number]
+            if site.neurons == site.units:
+                torch.gt(flat(value, site), 0, out=active[:, site.slice])
+            else:
+                active[:, site.slice] = grouped(value > 0, site) > 0
+
+        with torch.no_grad():
+            output = self._run(samples, Gates(self.index, watch=note))
+            logits = self.response.logits(output)
+            resolved = self._resolve(output, samples)
+            value = respond(self.response, output, resolved, samples.batch)
+        _require_finite(value, samples)
+        probability = prediction = None
+        if logits is not None and resolved is not None:
+            probability = logits.softmax(dim=1).gather(1, resolved.unsqueeze(1)).squeeze(1)
+            prediction = logits.argmax(dim=1)
+        return Original(value, probability, prediction, resolved, active, logits)
+
+    def outcome(
+        self, x: Any, pathways: Pathways, *, target: type_of_target = None, original: Original | None = None
+    ) -> Outcome:
+        """What the network masked to `pathways`, and the one masked to all the rest, answer; two forwards.
+
+        `original`, where there is one already, saves the forward that finds it.
+        """
+        samples = self.samples(x, target)
+        original = original or self.original(samples)
+        samples = Samples(samples.inputs, original.target, samples.ids)
+        dead = pathways.mask & ~original.active
+        suspects = {n for n, site in enumerate(self.sites) if bool(dead[:, site.slice].any())}
+        live = torch.zeros((samples.batch, len(self.index)), dtype=torch.int64, device=self.device)
+
+        def note(number: int, value: Tensor) -> None:
+            if number in suspects:
+                site = self.index.sites[number]
+                on = grouped(value != 0, site) if site.neurons != site.units else flat(value != 0, site)
+                live[:, number] = (on.to(torch.bool) & dead[:, site.slice]).sum(dim=1)
+
+        with torch.no_grad():
+            with self.masked(pathways):
+                output = self._run(samples, Gates(self.index, self._restriction, watch=note if suspects else None))
+                value = respond(self.response, output, original.target, samples.batch)
+            with self.masked(~pathways):
+                dropped = self.respond(samples)
+        logits = self.response.logits(output)
+        probability = same = None
+        if logits is not None and original.target is not None:
+            probability = logits.softmax(dim=1).gather(1, original.target.unsqueeze(1)).squeeze(1)
+            same = logits.argmax(dim=1) == original.prediction
+        return Outcome(value, probability, same, dropped, live)
+
+    # --- sub-graphs ---
+
+    def suffix(self, site: str | int | Site) -> Suffix:
+        """The sub-graph from a site's gate to the output."""
+        return Suffix(self, self.index.number(site))
+
+
+class Suffix:
+    """What follows one site, to be run alone on cached inputs.
+
+    `cache(samples)` runs the network up to the site once; calling the suffix with that cache and a tensor of the
+    site's shape gives the network's output as if the gate had let that tensor through.
+    """
+
+    def __init__(self, network: Network, number: int) -> None:
+        self.network = network
+        self.site = network.sites[number]
+        node = network._gate_nodes[number]
+        self._cut = cut(network._module, [node])
+        by_name = {found.name: found for found in network._module.graph.nodes}
+        self._prefix = prefix(network._module, {"site": node} | {name: by_name[name] for name in self._cut.boundary})
+
+    def cache(self, x: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        """The site's activation, and the other values that the suffix reads (skips around the site)."""
+        network = self.network
+        samples = network.samples(x)
+        gates = None if network._restriction is None else Gates(network.index, network._restriction)
+        with torch.no_grad():
+            activation, *boundary = self._prefix(*network.traced.bind(samples), gates)
+        return activation, tuple(boundary)
+
+    def __call__(self, activation: Tensor, boundary: Sequence[Any]) -> Any:
+        """The network's output from the site's activation on; differentiable in it."""
+        network = self.network
+        gates = None if network._restriction is None else Gates(network.index, network._restriction)
+        return network.traced.unbind(self._cut.module(activation, *boundary, gates))
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _detached(output: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+
+
+def _require_finite(value: Tensor, samples: Samples) -> None:
+    bad = torch.nonzero(~torch.isfinite(value)).flatten().tolist()
+    if bad:
+        raise SampleError(
+            f"response: it is NaN or infinite for sample {', '.join(repr(samples.names[row]) for row in bad[:5])}; "
+            "the network overflows on it",
+            bad,
+            ["the network's response is NaN or infinite"] * len(bad),
+        )

@@ -1,0 +1,187 @@
+"""Responses: the one real number per sample whose neurons are looked for (METHODS §1, Φ)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .samples import type_of_target
+
+
+@runtime_checkable
+class Response(Protocol):
+    """What Φ is: read from the network's output, one number per sample."""
+
+    @property
+    def name(self) -> str:
+        """A short name, kept in stores."""
+
+    def logits(self, output: Any) -> Tensor | None:
+        """The output's class scores `(B, classes)`, or None where the response knows no classes."""
+
+    def __call__(self, output: Any, target: Tensor | None) -> Tensor:
+        """Φ, `(B,)`, differentiable; `target` is `(B,)` int64 or None for responses without classes."""
+
+
+def class_scores(output: Any, key: str | int | None, name: str) -> Tensor:
+    """The `(B, classes)` tensor of a network's output, or an `InputError` that says what the output is instead."""
+    picked = output
+    if key is not None:
+        try:
+            picked = output[key]
+        except (KeyError, IndexError, TypeError):
+            has = sorted(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
+            raise InputError(f"response {name!r}: expected an output with {key!r}, found {has}") from None
+    if not (isinstance(picked, Tensor) and picked.ndim == 2):
+        found = f"a tensor {tuple(picked.shape)}" if isinstance(picked, Tensor) else type(picked).__name__
+        if isinstance(picked, Mapping):
+            found += f" with keys {sorted(map(str, picked))}"
+        elif isinstance(picked, tuple | list):
+            found += f" of {len(picked)}"
+        raise InputError(
+            f"response {name!r}: expected class scores (B, classes) as the network's output, found {found}; pick a part "
+            "of it with output=…, or pass response=a function of the output that gives (B,)"
+        )
+    return picked
+
+
+def resolve_target(logits: Tensor | None, target: type_of_target) -> Tensor | None:
+    """The class to explain for each sample, `(B,)` int64 on the device of the logits.
+
+    None means the class with the largest logit (the first of equals). Raises `InputError` for a class out of range.
+    """
+    if logits is None:
+        if target is not None:
+            raise InputError("target: this response knows no classes; leave the target out")
+        return None
+    if target is None:
+        return logits.detach().argmax(dim=1)
+    wanted = torch.as_tensor(target)
+    if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.is_complex():
+        raise InputError(f"target: expected whole class numbers, found {wanted.dtype}")
+    wanted = wanted.to(device=logits.device, dtype=torch.int64).flatten()
+    if wanted.numel() not in (1, logits.shape[0]):
+        raise InputError(f"target: expected one class, or {logits.shape[0]}, one a sample, found {wanted.numel()}")
+    wanted = wanted.expand(logits.shape[0])
+    outside = (wanted < 0) | (wanted >= logits.shape[1])
+    if bool(outside.any()):
+        row = int(torch.nonzero(outside)[0, 0])
+        raise InputError(
+            f"target: expected a class in 0 … {logits.shape[1] - 1}, found {int(wanted[row])} (sample {row} of the batch)"
+        )
+    return wanted
+
+
+def _of_target(values: Tensor, target: Tensor | None) -> Tensor:
+    if target is None:
+        raise InputError("response: expected a target class for each sample, found none")
+    return values.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Logit:
+    """The pre-softmax score of the target class (the paper's response, §3). `output` picks a part of the output."""
+
+    output: str | int | None = None
+    name = "logit"
+
+    def logits(self, output: Any) -> Tensor:
+        return class_scores(output, self.output, self.name)
+
+    def __call__(self, output: Any, target: Tensor | None) -> Tensor:
+        return _of_target(self.logits(output), target)
+
+
+@dataclass(frozen=True)
+class Probability:
+    """The softmax probability of the target class."""
+
+    output: str | int | None = None
+    name = "probability"
+
+    def logits(self, output: Any) -> Tensor:
+        return class_scores(output, self.output, self.name)
+
+    def __call__(self, output: Any, target: Tensor | None) -> Tensor:
+        return _of_target(self.logits(output).softmax(dim=1), target)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The target's logit minus another's: minus class `against`, or minus the largest of the others."""
+
+    against: int | None = None
+    output: str | int | None = None
+    name = "margin"
+
+    def logits(self, output: Any) -> Tensor:
+        return class_scores(output, self.output, self.name)
+
+    def __call__(self, output: Any, target: Tensor | None) -> Tensor:
+        scores = self.logits(output)
+        own = _of_target(scores, target)
+        if self.against is not None:
+            if not 0 <= self.against < scores.shape[1]:
+                raise InputError(f"margin: expected a class in 0 … {scores.shape[1] - 1}, found {self.against}")
+            return own - scores[:, self.against]
+        if scores.shape[1] < 2:
+            raise InputError("margin: expected at least two classes, found one; use logit")
+        if target is None:
+            raise InputError("margin: expected a target class for each sample, found none")
+        return own - scores.scatter(1, target.unsqueeze(1), -torch.inf).amax(dim=1)
+
+
+@dataclass(frozen=True)
+class OutputFunction:
+    """Any function of the network's output that gives one real number per sample, `(B,)`."""
+
+    function: Callable[[Any], Tensor]
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    def logits(self, output: Any) -> None:  # noqa: ARG002  (the protocol's signature)
+        return None
+
+    def __call__(self, output: Any, target: Tensor | None) -> Tensor:  # noqa: ARG002
+        return self.function(output)
+
+
+logit = Logit()
+probability = Probability()
+margin = Margin()
+
+
+def checked_response(response: Response | Callable[[Any], Tensor] | str) -> Response:
+    """A response from a response, its name, or a plain function of the output."""
+    if isinstance(response, str):
+        named: dict[str, Response] = {"logit": logit, "probability": probability, "margin": margin}
+        if response not in named:
+            raise InputError(f"response: expected one of {', '.join(named)}, or a function, found {response!r}")
+        return named[response]
+    if isinstance(response, Response):
+        return response
+    if callable(response):
+        return OutputFunction(response)
+    raise InputError(f"response: expected a Response, its name or a function, found {type(response).__name__}")
+
+
+def respond(response: Response, output: Any, target: Tensor | None, batch: int) -> Tensor:
+    """Φ of a batch, checked to be one real number per sample."""
+    value = response(output, target)
+    if not isinstance(value, Tensor) or value.shape != (batch,) or value.is_complex():
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"response {response.name!r}: expected one real number per sample, ({batch},), found {found}")
+    return value
+
+
+def sequence_of(target: type_of_target, batch: int) -> Sequence[int]:
+    """A resolved or plain target as a list of `batch` ints."""
+    values = torch.as_tensor(target).flatten().tolist()
+    return values * batch if len(values) == 1 else values

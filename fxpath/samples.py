@@ -1,0 +1,135 @@
+"""`Samples`: the one bundle of inputs, targets and ids that travels through fxpath."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import InputError, SampleError
+
+type_of_target = int | Sequence[int] | Tensor | None
+type_of_id = int | str
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """A batch: model inputs, the class to explain, and a name for each sample.
+
+    `inputs` is a tensor, a tuple (positional arguments) or a dict (keyword arguments); every tensor in it has the
+    batch axis first. `target` is None (the class that the original network predicts), one class for all, or one per
+    sample `(B,)`. `ids` name the samples; seeds are keyed by them, so a sample's random numbers do not depend on its
+    neighbours. Default: 0 … B − 1.
+
+    >>> Samples((torch.ones(2, 3), torch.ones(2, 1))).batch
+    2
+    """
+
+    inputs: Any
+    target: type_of_target = None
+    ids: Sequence[type_of_id] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Tensor | tuple | dict):
+            raise InputError(
+                f"inputs: expected a tensor, a tuple or a dict of them, found {type(self.inputs).__name__}; "
+                "wrap a list argument in a tuple: (x,)"
+            )
+        sizes = {int(leaf.shape[0]) for leaf in self.tensors if leaf.ndim}
+        if len(sizes) != 1 or any(leaf.ndim == 0 for leaf in self.tensors):
+            shapes = [tuple(leaf.shape) for leaf in self.tensors]
+            raise InputError(f"inputs: expected tensors with one common batch axis in front, found shapes {shapes}")
+        if self.batch == 0:
+            raise InputError("inputs: expected at least one sample, found an empty batch")
+        if self.ids is not None and len(self.ids) != self.batch:
+            raise InputError(f"ids: expected {self.batch}, one a sample, found {len(self.ids)}")
+        if self.target is not None and not isinstance(self.target, int):
+            count = self.target.numel() if isinstance(self.target, Tensor) else len(self.target)
+            if count not in (1, self.batch):
+                raise InputError(f"target: expected one class, or {self.batch}, one a sample, found {count}")
+
+    @classmethod
+    def of(cls, x: Any, target: type_of_target = None) -> Samples:
+        """`x` as samples, whatever form it has; a target given here takes the place of the one within."""
+        if isinstance(x, Samples):
+            return x if target is None else replace(x, target=target)
+        return cls(x, target)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the inputs."""
+        return [leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+
+    @property
+    def batch(self) -> int:
+        """B, the number of samples."""
+        return int(self.tensors[0].shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return self.tensors[0].device
+
+    @property
+    def names(self) -> tuple[type_of_id, ...]:
+        """The ids, or 0 … B − 1 where none were given."""
+        return tuple(range(self.batch)) if self.ids is None else tuple(self.ids)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments of the model."""
+        if isinstance(self.inputs, dict):
+            return ()
+        return self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of the model."""
+        return dict(self.inputs) if isinstance(self.inputs, dict) else {}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Samples:
+        """The same samples with every input tensor passed through `function`."""
+        inputs = pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, self.inputs)
+        return replace(self, inputs=inputs)
+
+    def take(self, rows: Sequence[int]) -> Samples:
+        """Samples number `rows`, in that order; a row may be taken more than once."""
+
+        def picked(leaf: Tensor) -> Tensor:
+            return leaf.index_select(0, torch.as_tensor(rows, device=leaf.device, dtype=torch.long))
+
+        target = self.target
+        if isinstance(target, Tensor) and target.numel() > 1:
+            target = target.flatten()[torch.as_tensor(rows, device=target.device, dtype=torch.long)]
+        elif isinstance(target, Sequence) and len(target) > 1:
+            target = [target[row] for row in rows]
+        names = self.names
+        taken = replace(self, inputs=self.inputs, target=None, ids=None).map(picked)
+        return replace(taken, target=target, ids=[names[row] for row in rows])
+
+    def to(self, device: torch.device | str) -> Samples:
+        """The same samples on `device`."""
+        return self.map(lambda leaf: leaf.to(device, non_blocking=True))
+
+    def require_finite(self) -> Samples:
+        """These samples; raises `SampleError` naming every sample with a NaN or infinite input."""
+        bad: set[int] = set()
+        for leaf in self.tensors:
+            if leaf.is_floating_point() or leaf.is_complex():
+                finite = torch.isfinite(leaf).flatten(1).all(1) if leaf.ndim > 1 else torch.isfinite(leaf)
+                if not bool(finite.all()):
+                    bad.update(torch.nonzero(~finite).flatten().tolist())
+        if bad:
+            rows = sorted(bad)
+            names = ", ".join(repr(self.names[row]) for row in rows[:5])
+            raise SampleError(
+                f"inputs: sample {names}{' …' if len(rows) > 5 else ''} holds NaN or infinite values; expected finite "
+                "numbers. Look at its file or preprocessing, or leave it out",
+                rows,
+                ["the input holds NaN or infinite values"] * len(rows),
+            )
+        return self

@@ -1,0 +1,85 @@
+"""The baselines that every comparison carries: Random, Active and Magnitude (METHODS §4)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from ..keys import exact_sparsity
+from ..neurons import NeuronIndex, select_largest
+from ..pathways import Pathways, Scores, Selection
+from ..samples import Samples, type_of_id, type_of_target
+from .contribution import ByScore
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..network import Network
+
+
+@register
+@dataclass(frozen=True)
+class Magnitude(ByScore):
+    """The neurons with the largest activation a; no gradient, no target."""
+
+    key: ClassVar[str] = "magnitude"
+
+    def scores(self, network: Network, samples: Any, target: type_of_target = None) -> Scores:  # noqa: ARG002
+        """Activations `(B, N)`; summed over a channel at channel granularity."""
+        return Scores(network.rows(network.activations(samples)), network.index, key=self.key)
+
+
+@register
+@dataclass(frozen=True)
+class Active:
+    """The active sub-network, e = 1[a > 0]: one pathway, no sparsity; `selection[None]`."""
+
+    key: ClassVar[str] = "active"
+    single: ClassVar[bool] = True
+
+    def select(self, network: Network, samples: Any, sparsities: Sequence[float] = ()) -> Selection:  # noqa: ARG002
+        return Selection({None: Pathways(network.original(samples).active, network.index)})
+
+
+def generator_of(seed: int, name: type_of_id) -> np.random.Generator:
+    """A random stream of its own for each (seed, sample id), the same on every machine and device."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+@register
+@dataclass(frozen=True)
+class Random:
+    """Random neurons, dead ones too: network-wide, or with the same share of every site (`per_layer`).
+
+    Seeded by (seed, sample id), so neither order nor neighbours nor device change anything. Pathways of growing
+    sparsity are nested.
+    """
+
+    key: ClassVar[str] = "random"
+    single: ClassVar[bool] = False
+
+    seed: int = 0
+    per_layer: bool = False
+
+    def select(self, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
+        named = Samples.of(samples)
+        masks = np.stack([self.masks(network.index, name, sparsities) for name in named.names], axis=1)
+        on_device = torch.from_numpy(masks).to(named.device)
+        return Selection({s: Pathways(m, network.index) for s, m in zip(sparsities, on_device, strict=True)})
+
+    def masks(self, index: NeuronIndex, name: type_of_id, sparsities: Sequence[float]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Masks of one sample, `(len(sparsities), N)`."""
+        draws = 1.0 - generator_of(self.seed, name).random(index.size)  # in (0, 1]: every neuron can be taken
+        if not self.per_layer:
+            weights = index.weights if index.granularity == "channel" else None
+            return select_largest(draws, [index.kept(s) for s in sparsities], weights)
+        masks = np.zeros((len(sparsities), index.size), dtype=np.bool_)
+        for site in index.sites:
+            counts = [int((1 - exact_sparsity(sparsity)) * site.neurons) for sparsity in sparsities]
+            masks[:, site.slice] = select_largest(draws[site.slice], counts)
+        return masks

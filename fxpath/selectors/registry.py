@@ -1,0 +1,101 @@
+"""The registry of selectors, and the text form `name:param=value,…` of one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+from ..errors import InputError, unknown
+from ..keys import PathwayKey, parse_value
+from ..pathways import Selection
+
+if TYPE_CHECKING:
+    from ..network import Network
+
+GROUP = "fxpath.selectors"
+_registered: dict[str, type[Selector]] = {}
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """A frozen dataclass of parameters that selects pathways.
+
+    `key` is its name in the registry. `single` selectors have one pathway and no sparsity.
+    """
+
+    key: ClassVar[str]
+    single: ClassVar[bool]
+
+    def select(self, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
+        """Pathways for each sparsity that was reached, diagnostics, and scores where the method has them."""
+
+
+S = TypeVar("S", bound=type)
+
+
+def register(selector: S) -> S:
+    """Class decorator: make a selector known under its `key`."""
+    if not dataclasses.is_dataclass(selector) or not isinstance(getattr(selector, "key", None), str):
+        raise InputError(f"selector {selector.__name__}: expected a dataclass with a class attribute `key`")
+    _registered[selector.key] = selector
+    return selector
+
+
+def names() -> tuple[str, ...]:
+    """Keys of all selectors, those that entry points add included."""
+    return tuple(sorted({*_registered, *(point.name for point in entry_points(group=GROUP))}))
+
+
+def selector_type(key: str) -> type[Selector]:
+    """The class of a key; raises `InputError` with the nearest names."""
+    if key not in _registered:
+        for point in entry_points(group=GROUP, name=key):
+            register(point.load())
+    if key not in _registered:
+        raise InputError(unknown("selector", key, names()))
+    return _registered[key]
+
+
+def parameters(selector: Selector) -> dict[str, Any]:
+    """The whole parameter set of a selector."""
+    return dataclasses.asdict(selector)  # type: ignore[call-overload,no-any-return]
+
+
+def family(selector: Selector) -> PathwayKey:
+    """The selector's name in a store: its key and the parameters that are not at their default."""
+    changed = {
+        field.name: getattr(selector, field.name)
+        for field in dataclasses.fields(selector)  # type: ignore[arg-type]
+        if getattr(selector, field.name) != field.default
+    }
+    return PathwayKey(selector.key, changed)
+
+
+def parse(text: str | Selector) -> Selector:
+    """A selector from its text form.
+
+    >>> parse("random:seed=3")
+    Random(seed=3, per_layer=False)
+    """
+    if not isinstance(text, str):
+        return text
+    key, _, rest = text.partition(":")
+    kind = selector_type(key)
+    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    given: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"selector {text!r}: expected param=value, found {item!r}")
+        if name not in known:
+            raise InputError(f"selector {text!r}: " + unknown("parameter", name, known))
+        wanted = type(known[name].default)
+        parsed = parse_value(value)
+        if wanted is float and isinstance(parsed, int) and not isinstance(parsed, bool):
+            parsed = float(parsed)
+        if not isinstance(parsed, wanted):
+            raise InputError(f"selector {text!r}: expected {name} to be {wanted.__name__}, found {value!r}")
+        given[name] = parsed
+    return kind(**given)
