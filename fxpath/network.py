@@ -6,20 +6,21 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .answers import Original, Outcome, Pass
 from .errors import InputError, RestrictionError, SampleError, SiteError
 from .gates import Gates, Restriction, flat, grouped
 from .neurons import Granularity, NeuronIndex, Site
 from .pathways import Pathways
 from .responses import Response, checked_response, logit, resolve_target, respond
-from .rewriting import SiteSpec, channel_axis, choose_sites, cut, insert_gates, prefix, site_edges
+from .rewriting import SiteSpec, channel_axis, choose_sites, insert_gates, site_edges
 from .samples import Samples, type_of_target
+from .suffixes import Suffix
 from .tracing import Traced, trace_module
 
 
@@ -64,52 +65,6 @@ def _require_one_device(model: nn.Module, samples: Samples) -> None:
             f"trace: the example is on {samples.device}, the model on {', '.join(map(str, homes))}; move one of them: "
             "x = x.to(device)"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """One forward and one backward: Φ `(B,)`, the class explained `(B,)`, values and gradients of every site.
-
-    `activations[i]` and `gradients[i]` have site i's own shape `(B, …)`; a gradient is ∂Φ/∂a at the gate's output.
-    """
-
-    output: Any
-    response: Tensor
-    target: Tensor | None
-    activations: list[Tensor]
-    gradients: list[Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Original:
-    """What the unrestricted network says of samples.
-
-    response, probability, prediction, target `(B,)`; `active` `(B, N)` bool: a > 0 (a channel counts when any of its
-    units does). probability, prediction and target are None for responses without classes.
-    """
-
-    response: Tensor
-    probability: Tensor | None
-    prediction: Tensor | None
-    target: Tensor | None
-    active: Tensor
-    logits: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a network masked to pathways answers.
-
-    response = Φ(x; e ⊙ a), dropped_response = Φ(x; (1 − e) ⊙ a), probability, same_class (its argmax is the
-    original's), all `(B,)`; live `(B, sites)`: neurons of the pathway that are dead in the original network and
-    switched on in the masked one.
-    """
-
-    response: Tensor
-    probability: Tensor | None
-    same_class: Tensor | None
-    dropped_response: Tensor
-    live: Tensor
 
 
 class Network:
@@ -417,37 +372,6 @@ class Network:
     def suffix(self, site: str | int | Site) -> Suffix:
         """The sub-graph from a site's gate to the output."""
         return Suffix(self, self.index.number(site))
-
-
-class Suffix:
-    """What follows one site, to be run alone on cached inputs.
-
-    `cache(samples)` runs the network up to the site once; calling the suffix with that cache and a tensor of the
-    site's shape gives the network's output as if the gate had let that tensor through.
-    """
-
-    def __init__(self, network: Network, number: int) -> None:
-        self.network = network
-        self.site = network.sites[number]
-        node = network._gate_nodes[number]
-        self._cut = cut(network._module, [node])
-        by_name = {found.name: found for found in network._module.graph.nodes}
-        self._prefix = prefix(network._module, {"site": node} | {name: by_name[name] for name in self._cut.boundary})
-
-    def cache(self, x: Any) -> tuple[Tensor, tuple[Any, ...]]:
-        """The site's activation, and the other values that the suffix reads (skips around the site)."""
-        network = self.network
-        samples = network.samples(x)
-        gates = None if network._restriction is None else Gates(network.index, network._restriction)
-        with torch.no_grad():
-            activation, *boundary = self._prefix(*network.traced.bind(samples), gates)
-        return activation, tuple(boundary)
-
-    def __call__(self, activation: Tensor, boundary: Sequence[Any]) -> Any:
-        """The network's output from the site's activation on; differentiable in it."""
-        network = self.network
-        gates = None if network._restriction is None else Gates(network.index, network._restriction)
-        return network.traced.unbind(self._cut.module(activation, *boundary, gates))
 
 
 def _kind(value: Any) -> str:

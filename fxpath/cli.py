@@ -1,0 +1,294 @@
+"""The command line: thin. People read stderr, machines read stdout (--json); exit code 2 is for what you can mend."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import FxpathError, InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .network import Network
+    from .zoo import LoadedModel
+
+app = typer.Typer(
+    name="fxpath",
+    help="Which neurons carried this decision, and do they form a path?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="zoo:NAME, torchvision:NAME, timm:NAME or package.module:callable")]
+Weights = Annotated[str | None, typer.Option(help="a state dict (.pth, .safetensors), 'pretrained' or 'random'")]
+Sites = Annotated[
+    list[str] | None, typer.Option(help="rectifiers (default), activations, or names and globs; may be repeated")
+]
+Granularity = Annotated[str, typer.Option(help="unit or channel")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON for machines on stdout")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="where to write")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
+StoreFile = Annotated[Path, typer.Argument(help="an fxpath store (.h5)")]
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    typer.echo(text, err=True)
+
+
+def answer(data: Any) -> None:
+    """JSON for machines."""
+    typer.echo(json.dumps(data, default=str))
+
+
+def shown(table: pd.DataFrame, digits: int = 3) -> str:
+    """A table as text, missing values as a dash."""
+    return str(table.to_string(index=False, na_rep="–", float_format=lambda value: f"{value:.{digits}f}"))
+
+
+def traced(loaded: LoadedModel, sites: list[str] | None, granularity: str, response: str, device: str) -> Network:
+    """The network that the options describe."""
+    from .network import trace
+
+    if granularity not in ("unit", "channel"):
+        raise InputError(f"--granularity: expected unit or channel, found {granularity!r}")
+    return trace(
+        loaded.model.to(device), loaded.example(2).to(device), sites=sites or "rectifiers",
+        granularity="unit" if granularity == "unit" else "channel", response=response,
+    )  # fmt: skip
+
+
+def chosen_device(device: str) -> str:
+    """`auto` is the accelerator where there is one."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return str(torch.empty(0, device=device).device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}; try --device cpu") from error
+
+
+@app.command("sites")
+def list_sites(
+    model: Model,
+    weights: Weights = None,
+    sites: Sites = None,
+    granularity: Granularity = "unit",
+    as_json: Json = False,
+) -> None:
+    """The neuron index as a table, before anything is computed."""
+    from .zoo import load_model
+
+    random = weights is None and model.startswith(("torchvision:", "timm:"))
+    loaded = load_model(model, weights="random" if random else weights)
+    network = traced(loaded, sites, granularity, "logit", "cpu")
+    index = network.index
+    if as_json:
+        answer({
+            "model": loaded.name, "neurons": index.size, "tracer": network.traced.tracer, "edges": network.edges,
+            **index.to_json(),
+        })  # fmt: skip
+        return
+    width = max(len(site.name) for site in index.sites)
+    say(f"{'#':>4}  {'site':<{width}}  {'op':<10}  {'shape':<18}  {'neurons':>11}  {'from':>11}")
+    for number, site in enumerate(index.sites):
+        shape = " × ".join(map(str, site.shape))
+        say(f"{number:>4}  {site.name:<{width}}  {site.op:<10}  {shape:<18}  {site.neurons:>11,}  {site.start:>11,}")
+    say(f"{loaded.name}: {len(index)} sites, {index.size:,} neurons, traced by {network.traced.tracer}, "
+        f"input {' × '.join(map(str, loaded.input_shape))}")  # fmt: skip
+
+
+@app.command()
+def compute(
+    model: Model,
+    images: Annotated[str, typer.Argument(help="a folder, foolbox:imagenet, or package.module:callable")],
+    output: Output,
+    selector: Annotated[list[str] | None, typer.Option(help="name[:param=value,…]; may be repeated")] = None,
+    sparsity: Annotated[list[str] | None, typer.Option(help="shares left out, e.g. 0.8 0.9 0.99")] = None,
+    target: Annotated[str, typer.Option(help="labels, predicted, or a class number")] = "predicted",
+    weights: Weights = None,
+    sites: Sites = None,
+    granularity: Granularity = "unit",
+    response: Annotated[str, typer.Option(help="logit, probability or margin")] = "logit",
+    labels: Annotated[Path | None, typer.Option(help="CSV with file,label")] = None,
+    limit: Annotated[int | None, typer.Option(help="only the first so many images")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="samples at a time (default 8); part of the job")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; part of the job")] = None,
+    scores: Annotated[str | None, typer.Option(help="float16 or float32: keep all scores too")] = None,
+    thumbnails: Annotated[int, typer.Option(help="size of small pictures to keep, 0 for none")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first sample that cannot be used")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say neurons, bytes and hours; write nothing")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Pathways of every image, in one HDF5 file. Start it again after a stop: it goes on where it was."""
+    from dataclasses import asdict
+
+    from . import batch
+    from .images import load_images
+    from .selectors import parse
+    from .zoo import load_model
+
+    chosen = [parse(text) for text in selector or batch.DEFAULT_SELECTORS]  # before anything that takes time
+    levels = numbers("--sparsity", sparsity) if sparsity else list(batch.DEFAULT_SPARSITIES)
+    loaded = load_model(model, weights=weights)
+    dataset = load_images(images, loaded.preprocess, classes=loaded.classes, labels=labels, limit=limit)
+    network = traced(loaded, sites, granularity, response, chosen_device(device))
+    options: dict[str, Any] = {
+        "selectors": chosen, "sparsities": levels, "target": target, "micro_batch": micro_batch, "threads": threads,
+        "scores": scores, "strict": strict, "thumbnails": thumbnails, "model": loaded.name,
+        "preprocessing": loaded.preprocessing, "classes": loaded.classes,
+    }  # fmt: skip
+    if dry_run:
+        plan = batch.plan(network, dataset, output, **options)
+        if as_json:
+            answer(asdict(plan))
+        say(
+            f"{plan.samples:,} samples ({plan.left:,} left) × {len(plan.keys)} pathways of {plan.neurons:,} neurons at "
+            f"{plan.sites} sites: about {plan.bytes / 1e6:,.1f} MB and {plan.hours:.2f} hours "
+            f"(micro-batch {plan.micro_batch}, {plan.threads} threads). Nothing was written."
+        )
+        return
+    try:
+        report = batch.compute(network, dataset, output, progress=not quiet, **options)
+    except KeyboardInterrupt:
+        say(f"stopped; finished micro-batches are kept in {batch.parts_folder(output)}. The same command goes on there.")
+        raise typer.Exit(130) from None
+    for name, reason in list(report.failed.items())[:10]:
+        say(f"not computed: {name}: {reason}")
+    say(
+        f"{report.path}: {report.samples - len(report.failed):,} of {report.samples:,} samples "
+        f"({report.computed:,} computed now, {report.reused:,} were there) in {report.seconds:.1f} s"
+    )
+    if as_json:
+        answer(asdict(report))
+
+
+def numbers(option: str, texts: Sequence[str]) -> list[float]:
+    """Sparsities from an option."""
+    from .keys import exact_sparsity
+
+    return [float(exact_sparsity(part)) for text in texts for part in text.replace(",", " ").split()]
+
+
+@app.command()
+def info(store: StoreFile, as_json: Json = False) -> None:
+    """What a store holds."""
+    from .store import open_store
+
+    with open_store(store) as opened:
+        header, table = opened.header, opened.samples()
+        data = {
+            "file": str(store), "bytes": store.stat().st_size, "model": header.model, "fingerprint": header.fingerprint,
+            "complete": opened.complete, "samples": len(opened), "failed": int((~opened.ok).sum()),
+            "sites": len(opened.index), "neurons": opened.index.size, "granularity": opened.index.granularity,
+            "pathways": list(opened.keys), "scores": list(opened.score_families), "target": header.target,
+            "response": header.response, "micro_batch": header.micro_batch, "threads": header.threads,
+            "precision": header.precision, "preprocessing": header.preprocessing, "created": header.created,
+            "versions": json.loads(header.versions or "{}"),
+        }  # fmt: skip
+    if as_json:
+        answer(data)
+        return
+    for name, value in data.items():
+        shown_value = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        say(f"{name:>14}  {', '.join(value) if isinstance(value, list) else shown_value}")
+    for name, status in table.loc[table["status"] != "ok", ["id", "status"]].head(10).itertuples(index=False):
+        say(f"  not computed: {name}: {status}")
+
+
+@app.command()
+def merge(store: Annotated[Path, typer.Argument(help="the file whose .parts folder is to be joined")]) -> None:
+    """Join the finished parts of a job into its file, without the network."""
+    from .batch import merge as join
+
+    say(f"{join(store)} is complete")
+
+
+SUMMARY = ("store", "key", "samples", "density", "dead_share", "response_share", "class_kept", "dropped_share")
+
+
+def summary_text(table: pd.DataFrame) -> str:
+    """The columns of a summary that fit a terminal."""
+    columns = [name for name in SUMMARY if name in table.columns]
+    return shown(table[columns])
+
+
+@app.command()
+def analyze(
+    store: Annotated[list[Path], typer.Argument(help="one store or several")],
+    output: Output = Path("fxpath-analysis"),
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Dead neurons and overlap: tables (CSV) and figures (PNG) from stores, offline."""
+    from .report import analyse
+
+    names = [path.stem if [p.stem for p in store].count(path.stem) == 1 else str(path) for path in store]
+    table = analyse(dict(zip(names, store, strict=True)), output, progress=not quiet)
+    say(summary_text(table))
+    say(f"tables and figures are in {output}")
+    if as_json:
+        answer(json.loads(table.to_json(orient="records")))
+
+
+@app.command()
+def demo(
+    output: Output = Path("fxpath-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="4 photos, one network, under 40 s")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Two pretrained ImageNet networks, 20 real photos, four selectors: stores, figures, tables."""
+    from .demo import run_demo
+
+    done = run_demo(output, quick=quick, progress=not quiet)
+    for found in done.accuracies:
+        say(f"{found.network}: top-1 {found.top1}/{found.samples}, top-5 {found.top5}/{found.samples} on real photos")
+    say(summary_text(done.table))
+    say(f"stores, tables and figures are in {done.folder} ({done.seconds:.0f} s)")
+
+
+def spread(arguments: Sequence[str], option: str = "--sparsity") -> list[str]:
+    """Let one `--sparsity` be followed by several numbers, as in `--sparsity 0.8 0.9 0.99`.
+
+    >>> spread(["--sparsity", "0.8", "0.9", "-o", "run.h5"])
+    ['--sparsity', '0.8', '--sparsity', '0.9', '-o', 'run.h5']
+    """
+    result: list[str] = []
+    following = False
+    for place, argument in enumerate(arguments):
+        if following and place and arguments[place - 1] != option and _is_number(argument):
+            result.append(option)
+        elif argument == option:
+            following = True
+        elif arguments[place - 1 : place] != [option]:
+            following = False
+        result.append(argument)
+    return result
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors that the user can mend are one line and exit code 2."""
+    try:
+        app(args=spread(sys.argv[1:] if arguments is None else arguments), prog_name="fxpath")
+    except FxpathError as error:
+        say(f"fxpath: {error}")
+        sys.exit(2)

@@ -1,0 +1,310 @@
+"""One micro-batch of a data set → the rows of a store. Always the same size, so that bits never depend on neighbours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import FxpathError, InputError, SampleError
+from .keys import PathwayKey
+from .network import Network, Original
+from .pathways import Pathways
+from .samples import Samples
+from .schema import PathwayRows, Rows
+from .selectors import Selector
+from .selectors.registry import family, parameters
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample as a data set gave it: inputs without a batch axis, or the reason why there are none."""
+
+    name: str
+    inputs: Any = None
+    label: int = -1
+    problem: str | None = None
+    thumbnail: npt.NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is computed of every sample; fixed for a whole job."""
+
+    selectors: tuple[Selector, ...]
+    sparsities: tuple[float, ...]
+    target: str = "predicted"  # labels | predicted | a class number
+    micro_batch: int = 8
+    scores: str | None = None  # float16 | float32
+    strict: bool = False
+
+    def keys(self) -> list[tuple[str, Selector, float | None]]:
+        """Every pathway key with its selector and sparsity, in the order of the store."""
+        found: list[tuple[str, Selector, float | None]] = []
+        for selector in self.selectors:
+            own = family(selector)
+            for sparsity in [None] if selector.single else self.sparsities:
+                found.append((str(PathwayKey(own.selector, own.parameters, sparsity)), selector, sparsity))
+        return found
+
+
+def read_item(dataset: Any, position: int, name: str, *, thumbnails: int = 0) -> Item:
+    """Sample `position` of a map-style data set; whatever goes wrong is kept as its `problem`."""
+    try:
+        entry = dataset[position]
+        label = -1
+        if isinstance(entry, tuple | list) and len(entry) == 2 and _is_label(entry[1]):
+            entry, label = entry[0], int(entry[1])
+        small = dataset.thumbnail(position, thumbnails) if thumbnails else None
+    except Exception as error:  # a data set may raise anything; the job goes on without the sample
+        return Item(name, problem=str(error) if isinstance(error, FxpathError) else f"{type(error).__name__}: {error}")
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(entry)):
+        return Item(name, problem=f"expected a tensor from the data set, found {type(entry).__name__}")
+    return Item(name, entry, label, thumbnail=small)
+
+
+def _is_label(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not value.is_floating_point()
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def misfit(item: Item, network: Network) -> str | None:
+    """Why an item's inputs do not fit the network, or None."""
+    shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(item.inputs) if isinstance(leaf, Tensor))
+    if shapes != network.input_shapes:
+        expected = ", ".join(map(str, network.input_shapes))
+        return f"expected an input of shape {expected}, found {', '.join(map(str, shapes))}"
+    return None
+
+
+def collate(items: Sequence[Item], network: Network) -> Samples:
+    """Items as one batch on the network's device."""
+
+    def stacked(*leaves: Any) -> Any:
+        return torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+
+    inputs = pytree.tree_map(stacked, items[0].inputs, *(item.inputs for item in items[1:]))
+    if isinstance(inputs, list):
+        inputs = tuple(inputs)
+    return Samples(inputs, ids=[item.name for item in items]).to(network.device)
+
+
+class _Table:
+    """The columns of one pathway key while they fill."""
+
+    def __init__(self, network: Network, rows: int) -> None:
+        sites = len(network.index)
+        self.columns: dict[str, Array] = {
+            "mask": np.zeros((rows, network.index.nbytes), dtype=np.uint8),
+            **{
+                name: np.full(rows, np.nan, dtype=np.float32)
+                for name in ("density", "response", "probability", "dropped_response", "seconds")
+            },
+            "same_class": np.zeros(rows, dtype=np.bool_),
+            "kept": np.zeros((rows, sites), dtype=np.uint32),
+            "live": np.zeros((rows, sites), dtype=np.uint32),
+        }
+
+
+def _host(value: Tensor | None, count: int, missing: float = np.nan) -> Array:
+    return np.full(count, missing) if value is None else value.detach()[:count].cpu().numpy()
+
+
+def compute_rows(network: Network, recipe: Recipe, items: Sequence[Item]) -> Rows:
+    """Everything that a store keeps of these items, at most `recipe.micro_batch` of them.
+
+    Short batches are filled by repeating a sample, so the network always sees the same shape. Samples that cannot be
+    used get their reason as status; with `recipe.strict` the first one raises `SampleError`.
+    """
+    status = [item.problem or "ok" for item in items]
+    if recipe.target == "labels":
+        status = [
+            "no label, and the job explains labels" if state == "ok" and item.label < 0 else state
+            for state, item in zip(status, items, strict=True)
+        ]
+    rows = _Filling(network, recipe, items)
+    while True:
+        good = [position for position, state in enumerate(status) if state == "ok"]
+        _refuse(recipe, items, status)
+        if not good:
+            return rows.done(status)
+        try:
+            rows.fill(good)
+        except SampleError as error:
+            for row, reason in zip(error.positions, error.reasons, strict=True):
+                if row < len(good):
+                    status[good[row]] = reason
+            if all(status[position] == "ok" for position in good):
+                raise
+            continue
+        return rows.done(status)
+
+
+def _refuse(recipe: Recipe, items: Sequence[Item], status: Sequence[str]) -> None:
+    for row, (item, state) in enumerate(zip(items, status, strict=True)):
+        if recipe.strict and state != "ok":
+            raise SampleError(
+                f"compute: sample {item.name!r} cannot be used: {state}. Mend or remove it, or leave out --strict to "
+                "go on without it",
+                [row],
+                [state],
+            )
+
+
+class _Filling:
+    """The rows of a micro-batch under way."""
+
+    def __init__(self, network: Network, recipe: Recipe, items: Sequence[Item]) -> None:
+        self.network, self.recipe, self.items = network, recipe, items
+        self._clear()
+
+    def _clear(self) -> None:
+        count = len(self.items)
+        self.columns: dict[str, Array] = {
+            name: np.full(count, -1, dtype=np.int64) for name in ("target", "prediction", "label_rank")
+        } | {name: np.full(count, np.nan, dtype=np.float32) for name in ("response", "probability")}
+        self.active = np.zeros((count, self.network.index.nbytes), dtype=np.uint8)
+        self.tables = {key: _Table(self.network, count) for key, _, _ in self.recipe.keys()}
+        self.scores: dict[str, tuple[Array, Array]] = {}
+        if self.recipe.scores is not None:
+            shape = (count, self.network.index.size)
+            self.scores = {
+                str(family(selector)): (np.zeros(shape, dtype=self.recipe.scores), np.ones(count, dtype=np.float32))
+                for selector in self.recipe.selectors
+                if getattr(selector, "keeps_scores", False)
+            }
+
+    def fill(self, good: Sequence[int]) -> None:
+        """Compute the rows `good`; raises `SampleError` with positions within `good`."""
+        self._clear()
+        recipe, network = self.recipe, self.network
+        filled = [*good, *[good[0]] * (recipe.micro_batch - len(good))]
+        items = [self.items[position] for position in filled]
+        samples = replace(collate(items, network), target=self._target(items)).require_finite()
+        original = network.original(samples)
+        samples = replace(samples, target=original.target)
+        count = len(good)
+        self._note_original(original, good)
+        for selector in recipe.selectors:
+            started = time.perf_counter()
+            selection = selector.select(network, samples, recipe.sparsities)
+            seconds = (time.perf_counter() - started) / count
+            own = str(family(selector))
+            for sparsity, pathways in selection.pathways.items():
+                key = str(PathwayKey.parse(own)) if sparsity is None else f"{own}@{float(sparsity)!r}"
+                self._note_pathways(self.tables[key].columns, samples, original, pathways, good, seconds)
+                for name, values in selection.diagnostics.items():
+                    self._diagnostic(self.tables[key].columns, name, values[:count].cpu().numpy(), good)
+            if own in self.scores and selection.scores is not None:
+                self._note_scores(own, selection.scores.signed[:count], good)
+
+    def _target(self, items: Sequence[Item]) -> list[int] | int | None:
+        if self.recipe.target == "labels":
+            return [item.label for item in items]
+        return None if self.recipe.target == "predicted" else int(self.recipe.target)
+
+    def _note_original(self, original: Original, good: Sequence[int]) -> None:
+        rows, count = list(good), len(good)
+        self.columns["response"][rows] = _host(original.response, count)
+        self.columns["probability"][rows] = _host(original.probability, count)
+        self.columns["target"][rows] = _host(original.target, count, -1)
+        self.columns["prediction"][rows] = _host(original.prediction, count, -1)
+        self.active[rows] = Pathways(original.active[:count], self.network.index).packed().cpu().numpy()
+        if original.logits is not None:
+            labels = [self.items[position].label for position in good]
+            for row, label, logits in zip(rows, labels, original.logits[:count], strict=True):
+                if 0 <= label < logits.numel():
+                    self.columns["label_rank"][row] = int((logits > logits[label]).sum())
+
+    def _note_pathways(
+        self,
+        columns: dict[str, Array],
+        samples: Samples,
+        original: Original,
+        pathways: Pathways,
+        good: Sequence[int],
+        seconds: float,
+    ) -> None:
+        rows, count = list(good), len(good)
+        outcome = self.network.outcome(samples, pathways, original=original)
+        packed = Pathways(pathways.mask[:count], pathways.index).packed().cpu().numpy()
+        index = self.network.index
+        kept = index.count_by_site(packed)
+        columns["mask"][rows] = packed
+        columns["kept"][rows] = kept
+        units = np.array([site.units // site.neurons for site in index.sites])
+        columns["density"][rows] = (kept * units).sum(axis=1) / index.units
+        columns["response"][rows] = _host(outcome.response, count)
+        columns["probability"][rows] = _host(outcome.probability, count)
+        columns["dropped_response"][rows] = _host(outcome.dropped_response, count)
+        columns["same_class"][rows] = _host(outcome.same_class, count, 0)
+        columns["live"][rows] = outcome.live[:count].cpu().numpy()
+        columns["seconds"][rows] = seconds
+
+    def _diagnostic(self, columns: dict[str, Array], name: str, values: Array, good: Sequence[int]) -> None:
+        path = f"diagnostics/{name}"
+        if path not in columns:
+            empty = np.nan if values.dtype.kind == "f" else 0
+            columns[path] = np.full((len(self.items), *values.shape[1:]), empty, dtype=values.dtype)
+        columns[path][list(good)] = values
+
+    def _note_scores(self, own: str, signed: Tensor, good: Sequence[int]) -> None:
+        values, scale = self.scores[own]
+        values[list(good)], scale[list(good)] = quantised(signed, values.dtype)
+
+    def done(self, status: Sequence[str]) -> Rows:
+        """The finished rows; those that could not be computed are zero masks and NaN."""
+        samples: dict[str, Any] = {
+            "id": [item.name for item in self.items],
+            "label": np.array([item.label for item in self.items], dtype=np.int64),
+            **self.columns,
+            "status": list(status),
+        }
+        pathways = {
+            key: PathwayRows(selector.key, parameters(selector), sparsity, self.tables[key].columns)
+            for key, selector, sparsity in self.recipe.keys()
+        }
+        small = [item.thumbnail for item in self.items]
+        shape = next((t.shape for t in small if t is not None), None)
+        thumbnails = None
+        if shape is not None:
+            thumbnails = np.stack([np.zeros(shape, dtype=np.uint8) if t is None else t for t in small])
+        return Rows(samples=samples, active=self.active, pathways=pathways, scores=self.scores, thumbnails=thumbnails)
+
+
+def quantised(signed: Tensor, kind: np.dtype[Any]) -> tuple[Array, Array]:
+    """Scores `(n, N)` in `kind` and a scale `(n,)`, so that scores ≈ values · scale.
+
+    For float16 a sample's largest |score| becomes the largest float16, a range of 12 decades below it; what is smaller
+    still becomes the smallest number of its sign rather than 0, since a score of 0 is never selected.
+    """
+    if kind == np.float32:
+        return signed.float().cpu().numpy(), np.ones(signed.shape[0], dtype=np.float32)
+    limits = torch.finfo(torch.float16)
+    largest = signed.abs().amax(dim=1).float()
+    scale = torch.where(largest > 0, largest / limits.max, torch.ones_like(largest))
+    scale = torch.clamp(scale, min=torch.finfo(torch.float32).tiny)
+    small = (signed / scale.unsqueeze(1)).to(torch.float16)
+    lost = (small == 0) & (signed != 0)
+    small = torch.where(lost, torch.sign(signed).to(torch.float16) * limits.smallest_normal / 1024, small)
+    return small.cpu().numpy(), scale.cpu().numpy()
+
+
+def require_labels(recipe: Recipe, items: Sequence[Item], classes: int) -> None:
+    """Raise `InputError` for a label that is no class of the network."""
+    for item in items:
+        if item.problem is None and item.label >= classes:
+            raise InputError(
+                f"compute: sample {item.name!r} has the label {item.label}; the network's classes are 0 … {classes - 1}. "
+                "Look at the label file or the data set"
+            )
