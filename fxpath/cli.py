@@ -74,7 +74,9 @@ def chosen_device(device: str) -> str:
     try:
         return str(torch.empty(0, device=device).device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}; try --device cpu") from error
+        raise InputError(
+            f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}; try --device cpu"
+        ) from error
 
 
 @app.command("sites")
@@ -136,11 +138,12 @@ def compute(
 
     from . import batch
     from .images import load_images
+    from .job import parts_folder
     from .selectors import parse
     from .zoo import load_model
 
     chosen = [parse(text) for text in selector or batch.DEFAULT_SELECTORS]  # before anything that takes time
-    levels = numbers("--sparsity", sparsity) if sparsity else list(batch.DEFAULT_SPARSITIES)
+    levels = numbers(sparsity) if sparsity else list(batch.DEFAULT_SPARSITIES)
     loaded = load_model(model, weights=weights)
     dataset = load_images(images, loaded.preprocess, classes=loaded.classes, labels=labels, limit=limit)
     network = traced(loaded, sites, granularity, response, chosen_device(device))
@@ -162,7 +165,7 @@ def compute(
     try:
         report = batch.compute(network, dataset, output, progress=not quiet, **options)
     except KeyboardInterrupt:
-        say(f"stopped; finished micro-batches are kept in {batch.parts_folder(output)}. The same command goes on there.")
+        say(f"stopped; finished micro-batches are kept in {parts_folder(output)}. The same command goes on there.")
         raise typer.Exit(130) from None
     for name, reason in list(report.failed.items())[:10]:
         say(f"not computed: {name}: {reason}")
@@ -174,7 +177,7 @@ def compute(
         answer(asdict(report))
 
 
-def numbers(option: str, texts: Sequence[str]) -> list[float]:
+def numbers(texts: Sequence[str]) -> list[float]:
     """Sparsities from an option."""
     from .keys import exact_sparsity
 

@@ -66,12 +66,12 @@ class Gates:
 
 
 def _apply(activation: Tensor, scale: Tensor | None, shift: Tensor | None, site: Site) -> Tensor:
-    block = activation.unflatten(0, (-1, site.fold)) if site.fold > 1 else activation
+    block = activation.view(-1, site.fold, *activation.shape[1:]) if site.fold > 1 else activation
     for name, given in (("gates", scale), ("constants", shift)):
         if given is not None and given.shape[0] not in (1, block.shape[0]):
             raise RestrictionError(
-                f"restricted network: {name} are for a batch of {given.shape[0]}, the input has {block.shape[0]} samples; "
-                "give one pathway a sample, or a single one for all"
+                f"restricted network: {name} are for a batch of {given.shape[0]}, the input has {block.shape[0]} "
+                "samples; give one pathway a sample, or a single one for all"
             )
     if scale is not None and scale.dtype == torch.bool:
         off = block.new_zeros(()) if shift is None else shift

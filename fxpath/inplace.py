@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 _OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -107,7 +107,7 @@ def _make_functional(node: fx.Node, module: fx.GraphModule, before: fx.GraphModu
         node.target = _functional_overload(target)
         return True
     if target in _OPERATORS:
-        node.target = _OPERATORS[target]  # type: ignore[index]
+        node.target = _OPERATORS[target]
         return True
     if target is operator.setitem:
         raise MutationError("assignment to a slice has no out-of-place form")
@@ -131,7 +131,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _place(tensor: Any) -> tuple[Any, ...]:
     return (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
@@ -171,7 +171,8 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
     rank = {node: number for number, node in enumerate(order)}
     for node in changed:
         operand = _operand(node)
-        if operand is None or not isinstance(seen[operand], Tensor):
+        written = seen[operand] if operand is not None else None
+        if operand is None or not isinstance(written, Tensor):
             continue  # numbers: `n += 1` changes no tensor
         for other in order[: rank[node]]:
             if not storages[other] & storages[operand]:
@@ -181,7 +182,7 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
                 raise MutationError(f"{node.format_node()} changes a parameter or buffer of the model")
             if not later:
                 continue
-            if not isinstance(seen[other], Tensor) or _place(seen[other]) != _place(seen[operand]):
+            if not (isinstance(seen[other], Tensor) and _place(seen[other]) == _place(written)):
                 raise AliasError(f"{node.format_node()} writes to memory that {other.name} reads through another view")
             for user in later:
                 user.replace_input_with(other, node)

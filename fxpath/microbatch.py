@@ -1,4 +1,4 @@
-"""One micro-batch of a data set → the rows of a store. Always the same size, so that bits never depend on neighbours."""
+"""One micro-batch of a data set → the rows of a store. Always of one size, so that neighbours change no bit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .answers import Original
 from .errors import FxpathError, InputError, SampleError
 from .keys import PathwayKey
-from .network import Network, Original
+from .network import Network
 from .pathways import Pathways
 from .samples import Samples
 from .schema import PathwayRows, Rows
@@ -47,13 +48,13 @@ class Recipe:
     scores: str | None = None  # float16 | float32
     strict: bool = False
 
-    def keys(self) -> list[tuple[str, Selector, float | None]]:
+    def columns(self) -> list[tuple[str, Selector, float | None]]:
         """Every pathway key with its selector and sparsity, in the order of the store."""
         found: list[tuple[str, Selector, float | None]] = []
         for selector in self.selectors:
             own = family(selector)
-            for sparsity in [None] if selector.single else self.sparsities:
-                found.append((str(PathwayKey(own.selector, own.parameters, sparsity)), selector, sparsity))
+            levels: Sequence[float | None] = [None] if selector.single else self.sparsities
+            found += [(str(PathwayKey(own.selector, own.parameters, level)), selector, level) for level in levels]
         return found
 
 
@@ -174,7 +175,7 @@ class _Filling:
             name: np.full(count, -1, dtype=np.int64) for name in ("target", "prediction", "label_rank")
         } | {name: np.full(count, np.nan, dtype=np.float32) for name in ("response", "probability")}
         self.active = np.zeros((count, self.network.index.nbytes), dtype=np.uint8)
-        self.tables = {key: _Table(self.network, count) for key, _, _ in self.recipe.keys()}
+        self.tables = {key: _Table(self.network, count) for key, _, _ in self.recipe.columns()}
         self.scores: dict[str, tuple[Array, Array]] = {}
         if self.recipe.scores is not None:
             shape = (count, self.network.index.size)
@@ -272,7 +273,7 @@ class _Filling:
         }
         pathways = {
             key: PathwayRows(selector.key, parameters(selector), sparsity, self.tables[key].columns)
-            for key, selector, sparsity in self.recipe.keys()
+            for key, selector, sparsity in self.recipe.columns()
         }
         small = [item.thumbnail for item in self.items]
         shape = next((t.shape for t in small if t is not None), None)
@@ -300,11 +301,11 @@ def quantised(signed: Tensor, kind: np.dtype[Any]) -> tuple[Array, Array]:
     return small.cpu().numpy(), scale.cpu().numpy()
 
 
-def require_labels(recipe: Recipe, items: Sequence[Item], classes: int) -> None:
+def require_labels(items: Sequence[Item], classes: int) -> None:
     """Raise `InputError` for a label that is no class of the network."""
     for item in items:
         if item.problem is None and item.label >= classes:
             raise InputError(
-                f"compute: sample {item.name!r} has the label {item.label}; the network's classes are 0 … {classes - 1}. "
+                f"compute: sample {item.name!r} has the label {item.label}; the classes are 0 … {classes - 1}. "
                 "Look at the label file or the data set"
             )

@@ -122,8 +122,8 @@ class Network:
             one, two = shapes[0].get(number), shapes[1].get(number)
             if one is None or two is None or two != (2 * one[0], *one[1:]):
                 raise SiteError(
-                    f"site {name}: expected its first axis to grow with the batch, found shape {one} for one sample and "
-                    f"{two} for two; leave it out with sites=…, or put the batch axis first"
+                    f"site {name}: expected its first axis to grow with the batch, found shape {one} for one sample "
+                    f"and {two} for two; leave it out with sites=…, or put the batch axis first"
                 )
             fold = one[0]
             shape = one[1:] if fold == 1 else one
@@ -362,9 +362,9 @@ class Network:
                 dropped = self.respond(samples)
         logits = self.response.logits(output)
         probability = same = None
-        if logits is not None and original.target is not None:
+        if logits is not None and original.target is not None and original.prediction is not None:
             probability = logits.softmax(dim=1).gather(1, original.target.unsqueeze(1)).squeeze(1)
-            same = logits.argmax(dim=1) == original.prediction
+            same = torch.eq(logits.argmax(dim=1), original.prediction)
         return Outcome(value, probability, same, dropped, live)
 
     # --- sub-graphs ---

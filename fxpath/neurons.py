@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,14 +38,14 @@ class Site:
     fold: int = 1
 
     @property
-    def slice(self) -> slice:
+    def slice(self) -> builtins.slice:
         """The site's neurons in a flat row `(N,)`."""
-        return slice(self.start, self.start + self.neurons)
+        return builtins.slice(self.start, self.start + self.neurons)
 
     @property
-    def bytes(self) -> slice:
+    def bytes(self) -> builtins.slice:
         """The site's bytes in a packed row."""
-        return slice(self.byte, self.byte + (self.neurons + 7) // 8)
+        return builtins.slice(self.byte, self.byte + (self.neurons + 7) // 8)
 
     @property
     def units(self) -> int:
@@ -167,7 +168,9 @@ class NeuronIndex:
         shape = found.shape if self.granularity == "unit" else (found.neurons,)
         inside = len(coordinates) == len(shape) and all(0 <= c < s for c, s in zip(coordinates, shape, strict=True))
         if not inside:
-            raise InputError(f"coordinates: expected a place within {shape} of {found.name}, found {tuple(coordinates)}")
+            raise InputError(
+                f"coordinates: expected a place within {shape} of {found.name}, found {tuple(coordinates)}"
+            )
         return found.start + int(np.ravel_multi_index(tuple(coordinates), shape))
 
     def kept(self, sparsity: float | str) -> int:
@@ -234,13 +237,13 @@ def select_largest(
     (METHODS: Prop. 5 requires c_κ > 0). With `weights` a neuron counts as many units as it stands for and is taken
     whole, largest first, until the next one no longer fits.
     """
-    masks = np.zeros((len(counts), values.size), dtype=np.bool_)
+    masks: npt.NDArray[np.bool_] = np.zeros((len(counts), values.size), dtype=np.bool_)
     if weights is not None and values.size and int(weights.max()) > 1:
         order = np.argsort(-values, kind="stable")
         spent = np.cumsum(weights[order])
         for mask, count in zip(masks, counts, strict=True):
             mask[order[: int(np.searchsorted(spent, count, side="right"))]] = True
-            mask &= values > 0
+            mask[values <= 0] = False
         return masks
     ranks = sorted({values.size - count for count in counts if 0 < count < values.size})
     parted = np.partition(values, ranks) if ranks else values

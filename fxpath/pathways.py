@@ -1,4 +1,4 @@
-"""`Scores` and `Pathways`: a number or a bit for every neuron of every sample, and the exact cut from one to the other."""
+"""`Scores` and `Pathways`: a number or a bit for every neuron of every sample, and the exact cut between."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Scores:
     def site(self, site: str | int | Site) -> Tensor:
         """Signed scores of one site, `(B, *shape)`."""
         found = self.index.site(site)
-        return self.signed[:, found.slice].unflatten(1, _block(self.index, found))
+        return self.signed[:, found.slice].reshape(-1, *_block(self.index, found))
 
     def pathways(self, sparsity: float) -> Pathways:
         """The pathways of one sparsity κ: the k = ⌊(1 − κ)·N⌋ neurons of a sample with the largest |c|."""
@@ -91,7 +91,7 @@ class Scores:
                 continue
             threshold = values.kthvalue(size - count + 1, dim=1, keepdim=True).values
             torch.ge(values, threshold, out=mask)
-            mask &= values > 0
+            mask.logical_and_(values > 0)
             surplus = mask.sum(dim=1) - count
             for row in torch.nonzero(surplus > 0).flatten().tolist():
                 tied = torch.nonzero(values[row] == threshold[row]).flatten()
@@ -120,7 +120,8 @@ class Pathways:
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool or self.mask.ndim != 2 or self.mask.shape[1] != self.index.size:
             raise InputError(
-                f"pathways: expected a bool mask (B, {self.index.size}), found {self.mask.dtype} {tuple(self.mask.shape)}"
+                f"pathways: expected a bool mask (B, {self.index.size}), found {self.mask.dtype} "
+                f"{tuple(self.mask.shape)}"
             )
 
     @property
@@ -144,11 +145,11 @@ class Pathways:
     def site(self, site: str | int | Site) -> Tensor:
         """The mask of one site, `(B, *shape)`: a view, no copy."""
         found = self.index.site(site)
-        return self.mask[:, found.slice].unflatten(1, _block(self.index, found))
+        return self.mask[:, found.slice].reshape(-1, *_block(self.index, found))
 
     def gates(self) -> list[Tensor]:
         """λ = e for every site, `(B, *gate_shape)`: views, no copies."""
-        return [self.mask[:, site.slice].unflatten(1, site.gate_shape) for site in self.index.sites]
+        return [self.mask[:, site.slice].view(-1, *site.gate_shape) for site in self.index.sites]
 
     def take(self, rows: Sequence[int]) -> Pathways:
         """The pathways of some samples."""
@@ -159,7 +160,9 @@ class Pathways:
         return pack_bits(self.mask, self.index)
 
     @classmethod
-    def from_packed(cls, packed: Tensor | np.ndarray[tuple[int, int], np.dtype[np.uint8]], index: NeuronIndex) -> Pathways:
+    def from_packed(
+        cls, packed: Tensor | np.ndarray[tuple[int, int], np.dtype[np.uint8]], index: NeuronIndex
+    ) -> Pathways:
         """Pathways from packed rows `(B, nbytes)`, as stores keep them."""
         rows = packed.cpu().numpy() if isinstance(packed, Tensor) else packed
         mask = torch.from_numpy(index.unpack(np.ascontiguousarray(rows)))

@@ -44,8 +44,8 @@ def class_scores(output: Any, key: str | int | None, name: str) -> Tensor:
         elif isinstance(picked, tuple | list):
             found += f" of {len(picked)}"
         raise InputError(
-            f"response {name!r}: expected class scores (B, classes) as the network's output, found {found}; pick a part "
-            "of it with output=…, or pass response=a function of the output that gives (B,)"
+            f"response {name!r}: expected class scores (B, classes) as the network's output, found {found}; pick a "
+            "part of it with output=…, or pass response=a function of the output that gives (B,)"
         )
     return picked
 
@@ -72,7 +72,7 @@ def resolve_target(logits: Tensor | None, target: type_of_target) -> Tensor | No
     if bool(outside.any()):
         row = int(torch.nonzero(outside)[0, 0])
         raise InputError(
-            f"target: expected a class in 0 … {logits.shape[1] - 1}, found {int(wanted[row])} (sample {row} of the batch)"
+            f"target: expected a class in 0 … {logits.shape[1] - 1}, found {int(wanted[row])} (row {row} of the batch)"
         )
     return wanted
 

@@ -77,11 +77,9 @@ def _operation(node: fx.Node) -> str | None:
         return name if namespace == "aten" else None
     if node.op == "call_method":
         return str(target)
-    name = getattr(target, "__name__", None)
-    if name is None:
-        return None
+    name = getattr(target, "__name__", "")
     homes = (torch, F, torch.special, torch._C._nn)
-    return name if any(getattr(home, name, None) is target for home in homes) else None
+    return name if name and any(getattr(home, name, None) is target for home in homes) else None
 
 
 def _called_module(node: fx.Node) -> nn.Module | None:
@@ -98,13 +96,15 @@ def classify(node: fx.Node) -> Activation | None:
         if isinstance(module, nn.Threshold):
             return Activation(node, "threshold", module.threshold == 0 and module.value == 0)
         for table, rectifier in ((_RECTIFIERS, True), (_SMOOTH, False)):
-            for kind, op in table.items():
+            for kind, called in table.items():
                 if isinstance(module, kind):
-                    return Activation(node, op, rectifier)
+                    return Activation(node, called, rectifier)
         return None
     if node.op not in ("call_function", "call_method"):
         return None
     name = _operation(node)
+    if name is None:
+        return None
     if name in _RECTIFIER_NAMES:
         return Activation(node, name, True)
     if name in _CLAMPS:
@@ -257,7 +257,11 @@ def site_edges(module: fx.GraphModule) -> list[tuple[int, int]]:
     return sorted(edges)
 
 
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.instancenorm._NormBase)
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.RMSNorm)
 _FIRST_NAMES = ("conv1d", "conv2d", "conv3d", "convolution", "batch_norm", "group_norm", "instance_norm")
 _LAST_NAMES = ("linear", "layer_norm", "addmm", "matmul", "bmm", "embedding")

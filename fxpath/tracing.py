@@ -75,7 +75,7 @@ def trace_module(
 
     A `tracer` of one's own replaces fxpath's (then `torch.export` is not tried); `leaves` are module types not to be
     looked into. With `check`, the graph's output is compared with the module's on the example and on a second batch
-    size. Raises `ModelError` in training mode and `TraceError`, naming the source line, where no graph equals the module.
+    size. Raises `ModelError` in training mode and `TraceError`, naming the line, where no graph equals the module.
     """
     _require_evaluation(model)
     example = example.map(lambda leaf: leaf.detach().clone() if leaf.is_inference() else leaf.detach())
@@ -250,7 +250,7 @@ def _stack_name(node: fx.Node) -> str:
     kind_name = kind if isinstance(kind, str) else f"{getattr(kind, '__module__', '')}.{getattr(kind, '__name__', '')}"
     inside_leaf = kind_name.startswith("torch.nn.modules.") and ".container." not in kind_name
     if node.op == "call_module":
-        return str(node.target) if not path else path
+        return path or str(node.target)
     if node.op in ("call_function", "call_method"):
         if inside_leaf and path:
             return path
@@ -317,7 +317,7 @@ def _check(model: nn.Module, traced: Traced, example: Samples) -> None:
             found = _run(lambda samples=samples: traced(samples), example)  # type: ignore[misc]
         except Exception as error:
             raise TraceError(
-                f"the graph of {traced.tracer} fails at batch size {samples.batch}, the module does not: {_short(error)}"
+                f"the graph of {traced.tracer} fails at batch size {samples.batch}, not the module: {_short(error)}"
             ) from error
         difference = _difference(expected, found)
         if difference is None or difference > 0:
@@ -347,7 +347,9 @@ def _difference(expected: Any, found: Any) -> float | None:
             continue
         if not isinstance(two, Tensor) or one.shape != two.shape or one.dtype != two.dtype:
             return None
-        if torch.equal(one, two) or (one.is_floating_point() and torch.equal(one.isnan(), two.isnan()) and one.isnan().all()):
+        if torch.equal(one, two) or (
+            one.is_floating_point() and torch.equal(one.isnan(), two.isnan()) and one.isnan().all()
+        ):
             continue
         if not one.is_floating_point():
             return None

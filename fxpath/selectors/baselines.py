@@ -72,7 +72,9 @@ class Random:
         on_device = torch.from_numpy(masks).to(named.device)
         return Selection({s: Pathways(m, network.index) for s, m in zip(sparsities, on_device, strict=True)})
 
-    def masks(self, index: NeuronIndex, name: type_of_id, sparsities: Sequence[float]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def masks(
+        self, index: NeuronIndex, name: type_of_id, sparsities: Sequence[float]
+    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Masks of one sample, `(len(sparsities), N)`."""
         draws = 1.0 - generator_of(self.seed, name).random(index.size)  # in (0, 1]: every neuron can be taken
         if not self.per_layer:

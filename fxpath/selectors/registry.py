@@ -32,14 +32,14 @@ class Selector(Protocol):
         """Pathways for each sparsity that was reached, diagnostics, and scores where the method has them."""
 
 
-S = TypeVar("S", bound=type)
+S = TypeVar("S", bound=type[Any])
 
 
 def register(selector: S) -> S:
     """Class decorator: make a selector known under its `key`."""
     if not dataclasses.is_dataclass(selector) or not isinstance(getattr(selector, "key", None), str):
         raise InputError(f"selector {selector.__name__}: expected a dataclass with a class attribute `key`")
-    _registered[selector.key] = selector
+    _registered[selector.key] = selector  # type: ignore[attr-defined,assignment]
     return selector
 
 
