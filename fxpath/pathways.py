@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,8 +37,9 @@ class Scores:
 
     def require_finite(self) -> Scores:
         """These scores; raises `SampleError` naming the rows that hold NaN or infinite values."""
-        # a sum is finite only where every term is: one pass and no temporary of the same size
-        bad = torch.nonzero(~torch.isfinite(self.signed.sum(dim=1, dtype=torch.float64))).flatten().tolist()
+        bad: list[int] = []
+        if not bool(torch.isfinite(self.signed.sum())):  # a sum is finite only where every term is, and is fast
+            bad = torch.nonzero(~torch.isfinite(self.signed).all(dim=1)).flatten().tolist()
         if bad:
             raise SampleError(
                 f"{self.key}: the scores of sample {', '.join(map(str, bad[:5]))} of the batch are NaN or infinite; "
@@ -71,11 +73,16 @@ class Scores:
         return [Pathways(mask, self.index) for mask in masks]
 
     def _threshold_on_host(self, counts: Sequence[int]) -> Tensor:
-        """`(len(counts), B, N)` by `numpy.partition`, a tenth of the time of a sort."""
+        """`(len(counts), B, N)` by exact selection, a small part of the time of a sort."""
         weights = self.index.weights if self.index.granularity == "channel" else None
         masks = np.empty((len(counts), *self.signed.shape), dtype=np.bool_)
-        for row, signed in enumerate(self.signed.detach()):
-            masks[:, row] = select_largest(signed.abs().cpu().numpy(), counts, weights)
+        values = self.signed.detach().cpu().abs().numpy()
+
+        def select(row: int) -> None:
+            masks[:, row] = select_largest(values[row], counts, weights)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy leaves Python's lock while it works
+            list(pool.map(select, range(len(values))))
         return torch.from_numpy(masks).to(self.signed.device)
 
     def _threshold_on_device(self, counts: Sequence[int]) -> Tensor:

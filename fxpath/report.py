@@ -47,7 +47,9 @@ def analyse(stores: Stores, folder: str | os.PathLike[str], *, seed: int = 0, pr
         if named
     }
     for kind, table in joined.items():
-        write_table(table[["store", *(column for column in table.columns if column != "store")]], folder / f"{kind}.csv")
+        write_table(
+            table[["store", *(column for column in table.columns if column != "store")]], folder / f"{kind}.csv"
+        )
     _figures(tables["dead_neurons"], tables["overlap"], folder)
     return joined["summary"]
 

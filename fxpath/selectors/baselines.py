@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,7 +49,7 @@ class Active:
 def generator_of(seed: int, name: type_of_id) -> np.random.Generator:
     """A random stream of its own for each (seed, sample id), the same on every machine and device."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
 
 
 @register
@@ -68,7 +69,9 @@ class Random:
 
     def select(self, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
         named = Samples.of(samples)
-        masks = np.stack([self.masks(network.index, name, sparsities) for name in named.names], axis=1)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy leaves Python's lock while it works
+            drawn = pool.map(lambda name: self.masks(network.index, name, sparsities), named.names)
+            masks = np.stack(list(drawn), axis=1)
         on_device = torch.from_numpy(masks).to(named.device)
         return Selection({s: Pathways(m, network.index) for s, m in zip(sparsities, on_device, strict=True)})
 
@@ -76,7 +79,8 @@ class Random:
         self, index: NeuronIndex, name: type_of_id, sparsities: Sequence[float]
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Masks of one sample, `(len(sparsities), N)`."""
-        draws = 1.0 - generator_of(self.seed, name).random(index.size)  # in (0, 1]: every neuron can be taken
+        # in (0, 1]: every neuron can be taken
+        draws = np.float32(1) - generator_of(self.seed, name).random(index.size, dtype=np.float32)
         if not self.per_layer:
             weights = index.weights if index.granularity == "channel" else None
             return select_largest(draws, [index.kept(s) for s in sparsities], weights)

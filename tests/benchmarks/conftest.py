@@ -1,0 +1,35 @@
+"""Benchmarks compare two things in one run: before each round of ours, the reference is timed too."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def ratio(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., float]:
+    """Run `ours` and `reference` in turn; the ratio of their fastest and of their median rounds goes into the report."""
+
+    def compare(ours: Callable[[], Any], reference: Callable[[], Any], *, rounds: int = 7, what: str = "") -> float:
+        ours()
+        reference()
+        spent: list[float] = []
+
+        def time_reference() -> None:
+            start = time.perf_counter()
+            reference()
+            spent.append(time.perf_counter() - start)
+
+        benchmark.pedantic(ours, setup=time_reference, rounds=rounds, iterations=1)
+        own = benchmark.stats.stats
+        fastest, median = own.min / min(spent), own.median / statistics.median(spent)
+        benchmark.extra_info.update(ratio_of_fastest=round(fastest, 3), ratio_of_medians=round(median, 3), reference=what)
+        with capsys.disabled():
+            print(f"\n{benchmark.name}: {fastest:.3f} (fastest), {median:.3f} (median) × {what}")
+        return float(median)
+
+    return compare
