@@ -235,10 +235,10 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Dead neurons and overlap: tables (CSV) and figures (PNG) from stores, offline."""
+    from .labels import store_names
     from .report import analyse
 
-    names = [path.stem if [p.stem for p in store].count(path.stem) == 1 else str(path) for path in store]
-    table = analyse(dict(zip(names, store, strict=True)), output, progress=not quiet)
+    table = analyse(dict(zip(store_names(store), store, strict=True)), output, progress=not quiet)
     say(summary_text(table))
     say(f"tables and figures are in {output}")
     if as_json:

@@ -56,6 +56,10 @@ class ImageError(FxpathError):
     """An image, a folder of images or a label file cannot be used."""
 
 
+class SmoothSitesWarning(UserWarning):
+    """Some sites are not zero on their inactive side; what the paper proves of dead neurons does not cover them."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str], *, way_out: str = "") -> str:
     """Say that `name` is no `kind`, with the nearest names that are.
 

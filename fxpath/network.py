@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, reduce
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .answers import Original, Outcome, Pass
-from .errors import InputError, RestrictionError, SampleError, SiteError
+from .errors import InputError, ModelError, RestrictionError, SampleError, SiteError, SmoothSitesWarning
 from .gates import Gates, Restriction, flat, grouped
-from .neurons import Granularity, NeuronIndex, Site
+from .measuring import measured
+from .neurons import Granularity, Site
 from .pathways import Pathways
 from .responses import Response, checked_response, logit, resolve_target, respond
-from .rewriting import SiteSpec, channel_axis, choose_sites, insert_gates, site_edges
+from .rewriting import SiteSpec, choose_sites, insert_gates, site_edges
 from .samples import Samples, type_of_target
 from .suffixes import Suffix
 from .tracing import Traced, trace_module
@@ -91,48 +95,19 @@ class Network:
         self._module = traced.graph_module
         chosen = choose_sites(self._module, sites)
         self._gate_nodes = insert_gates(self._module, chosen)
+        _warn_of_smooth([site.name for site in chosen if not site.rectifier])
+        called = {str(node.target) for node in self._module.graph.nodes if node.op == "call_module"}
+        self._called = [part for name in sorted(called) for part in self._module.get_submodule(name).modules()]
         self._layout = [(tuple(t.shape[1:]), t.dtype) for t in example.tensors]
+        self._constants = example.constants
         self._keys = sorted(example.kwargs) or len(example.args)
+        self._order = tuple(example.kwargs)
+        self._home = example.device
         self._restriction: Restriction | None = None
-        self.index = self._measure(example, [(a.name, a.op) for a in chosen], granularity)
+        self.index = measured(self._module, traced.bind, example, chosen, granularity)
         self.edges = tuple(site_edges(self._module))
         parents = {target for source, target in self.edges if source >= 0}
         self._entries = frozenset(range(len(self.index))) - parents
-
-    # --- the index ---
-
-    def _measure(self, example: Samples, named: Sequence[tuple[str, str]], granularity: Granularity) -> NeuronIndex:
-        """Shapes of all sites from batches of 1 and 2 samples; a fold of other axes into the batch is found so."""
-        shapes: list[dict[int, tuple[int, ...]]] = []
-        for rows in ([0], [0, min(1, example.batch - 1)]):
-            seen: dict[int, tuple[int, ...]] = {}
-
-            def note(number: int, value: Any, seen: dict[int, tuple[int, ...]] = seen) -> None:
-                if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim == 0:
-                    raise SiteError(f"site {named[number][0]}: expected a floating-point tensor, found {_kind(value)}")
-                seen[number] = tuple(value.shape)
-
-            empty = NeuronIndex([])
-            batch = example.take(rows).map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach())
-            with torch.no_grad():
-                self._run(batch, Gates(empty, watch=note))
-            shapes.append(seen)
-        blocks, axes, folds = [], [], []
-        for number, (name, op) in enumerate(named):
-            one, two = shapes[0].get(number), shapes[1].get(number)
-            if one is None or two is None or two != (2 * one[0], *one[1:]):
-                raise SiteError(
-                    f"site {name}: expected its first axis to grow with the batch, found shape {one} for one sample "
-                    f"and {two} for two; leave it out with sites=…, or put the batch axis first"
-                )
-            fold = one[0]
-            shape = one[1:] if fold == 1 else one
-            node = self._gate_nodes[number].args[0]
-            axis = channel_axis(node, len(one) - 1) if isinstance(node, fx.Node) else 0
-            blocks.append((name, op, shape))
-            axes.append(max(axis, 0) + (fold > 1))
-            folds.append(fold)
-        return NeuronIndex.build(blocks, axes=axes, folds=folds, granularity=granularity)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -146,8 +121,9 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
-        return next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
+        """Where the model's parameters are; the example, where it has none."""
+        tensors = chain(self._module.parameters(), self._module.buffers())
+        return next((tensor.device for tensor in tensors), self._home)
 
     @cached_property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -170,6 +146,8 @@ class Network:
     # --- running ---
 
     def _run(self, samples: Samples, gates: Gates | None) -> Any:
+        if any(module.training for module in self._called):
+            raise ModelError("network: the model is in training mode since it was traced; call model.eval()")
         return self.traced.unbind(self._module(*self.traced.bind(samples), gates))
 
     def samples(self, x: Any, target: type_of_target = None) -> Samples:
@@ -181,6 +159,13 @@ class Network:
         keys = sorted(samples.kwargs) or len(samples.args)
         if keys != self._keys:
             raise InputError(f"network: expected the arguments of the example ({self._keys}), found {keys}")
+        if samples.kwargs:  # in the example's order, so that shapes are compared with their own
+            samples = replace(samples, inputs={name: samples.kwargs[name] for name in self._order})
+        if samples.constants != self._constants:
+            raise InputError(
+                f"network: expected the arguments that are no tensors to be {self._constants}, as in the example, "
+                f"found {samples.constants}; they are part of the graph, so trace again to change them"
+            )
         for tensor, (shape, dtype) in zip(samples.tensors, self._layout, strict=True):
             if tuple(tensor.shape[1:]) != shape:
                 raise InputError(
@@ -191,7 +176,10 @@ class Network:
                 raise InputError(f"network: expected inputs of {dtype}, found {tensor.dtype}; convert them with .to()")
             if tensor.device != self.device:
                 raise InputError(f"network: the model is on {self.device}, the input on {tensor.device}; x.to(device)")
-        return samples.map(lambda leaf: leaf.clone()) if any(t.is_inference() for t in samples.tensors) else samples
+        if not any(tensor.is_inference() for tensor in samples.tensors):
+            return samples
+        with torch.inference_mode(False):  # a copy made in inference mode would be like the original
+            return samples.map(torch.clone)
 
     def __call__(self, x: Any) -> Any:
         """The model's output for `x`, under the restriction that is in force; differentiable in `x`."""
@@ -202,14 +190,19 @@ class Network:
     def respond(self, x: Any, target: type_of_target = None) -> Tensor:
         """Φ(x), `(B,)`, under the restriction that is in force; differentiable in `x`.
 
-        Without a target it is the response of the class that this, possibly restricted, network predicts.
+        Without a target it is the response of the class that the original network predicts for `x`.
         """
         samples = self.samples(x, target)
         output = self(samples)
         return respond(self.response, output, self._resolve(output, samples), samples.batch)
 
     def _resolve(self, output: Any, samples: Samples) -> Tensor | None:
-        return resolve_target(self.response.logits(output), samples.target)
+        """The class to explain; without a target the one that the *original* network predicts (METHODS §1)."""
+        logits = self.response.logits(output)
+        if samples.target is None and logits is not None and self._restriction is not None:
+            with torch.no_grad():
+                logits = self.response.logits(self._run(samples, None))
+        return resolve_target(logits, samples.target)
 
     def activations(self, x: Any) -> list[Tensor]:
         """Every site's activation, `(B, …)` each, after its gate; one forward without gradients."""
@@ -231,9 +224,12 @@ class Network:
             resolved = self._resolve(output, samples)
             value = respond(self.response, output, resolved, samples.batch)
             seen = [gates.seen[number] for number in range(len(self.index))]
-            if not value.requires_grad:
-                raise SiteError(f"gradients: the response {self.response.name!r} depends on none of the sites")
-            found = torch.autograd.grad(value.sum(), seen, allow_unused=True)
+            found = torch.autograd.grad(value.sum(), seen, allow_unused=True) if value.requires_grad else [None]
+        if all(slope is None for slope in found):
+            raise SiteError(
+                f"gradients: the response {self.response.name!r} depends on none of the {len(seen)} sites, or not "
+                "differentiably; choose others with sites=…, or another response"
+            )
         slopes = [torch.zeros_like(a) if g is None else g for a, g in zip(seen, found, strict=True)]
         return Pass(_detached(output), value.detach(), resolved, [a.detach() for a in seen], slopes)
 
@@ -241,7 +237,8 @@ class Network:
         """a · ∂Φ/∂a of every neuron, `(B, N)`, and the pass it came from."""
         run = self.gradients(x, target)
         batch = run.response.shape[0]
-        products = run.activations[0].new_empty((batch, self.index.size))
+        kind = reduce(torch.promote_types, (value.dtype for value in run.activations))  # autocast mixes them
+        products = torch.empty((batch, self.index.size), dtype=kind, device=run.activations[0].device)
         for site, value, slope in zip(self.sites, run.activations, run.gradients, strict=True):
             if site.neurons == site.units:
                 torch.mul(flat(value, site), flat(slope, site), out=products[:, site.slice])
@@ -260,9 +257,7 @@ class Network:
         """λ ⊙ a + μ at the gates for the length of a `with` block. Nesting raises `RestrictionError`."""
         if self._restriction is not None:
             raise RestrictionError("restricted network: it is restricted already; leave the outer with block first")
-        if not len(restriction.scale) == len(restriction.shift) == len(self.index):
-            raise RestrictionError(f"restriction: expected λ and μ for {len(self.index)} sites")
-        self._restriction = restriction
+        self._restriction = restriction.checked(self.index, self.device)
         try:
             yield self
         finally:
@@ -341,8 +336,17 @@ class Network:
 
         `original`, where there is one already, saves the forward that finds it.
         """
+        if original is not None and target is not None:
+            raise InputError("outcome: expected a target or an original, which has its own, found both")
         samples = self.samples(x, target)
+        self._gates_of(pathways)
+        if 1 != pathways.batch != samples.batch:
+            raise RestrictionError(
+                f"outcome: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
+            )
         original = original or self.original(samples)
+        if original.response.shape != (samples.batch,):
+            raise InputError(f"outcome: the original is of {original.response.shape[0]} samples, found {samples.batch}")
         samples = Samples(samples.inputs, original.target, samples.ids)
         dead = pathways.mask & ~original.active
         suspects = {n for n, site in enumerate(self.sites) if bool(dead[:, site.slice].any())}
@@ -374,8 +378,15 @@ class Network:
         return Suffix(self, self.index.number(site))
 
 
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _warn_of_smooth(names: Sequence[str]) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+        warnings.warn(
+            f"trace: {len(names)} sites are no rectifiers ({shown}); the paper's propositions, and what is said of "
+            "dead neurons, do not cover them",
+            SmoothSitesWarning,
+            stacklevel=4,
+        )
 
 
 def _detached(output: Any) -> Any:

@@ -9,20 +9,13 @@ from typing import TYPE_CHECKING
 
 from . import plotting
 from .analysis import dead_share, overlap, summary
-from .files import appearing
+from .files import save_table
 from .store import open_store
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Stores = Mapping[str, str | os.PathLike[str]]
-
-
-def write_table(table: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
-    """A table as CSV under its final name, or not at all."""
-    with appearing(path) as file:
-        file.write(table.to_csv(index=False).encode())
-    return Path(path)
 
 
 def analyse(stores: Stores, folder: str | os.PathLike[str], *, seed: int = 0, progress: bool = True) -> pd.DataFrame:
@@ -42,14 +35,12 @@ def analyse(stores: Stores, folder: str | os.PathLike[str], *, seed: int = 0, pr
             if len(store.keys) > 1:
                 tables["overlap"][name] = overlap(store, seed=seed, progress=progress)
     joined = {
-        kind: pd.concat([table.assign(store=name) for name, table in named.items()], ignore_index=True)
+        kind: pd.concat(named, names=["store", "row"]).reset_index("store")
         for kind, named in tables.items()
         if named
     }
     for kind, table in joined.items():
-        write_table(
-            table[["store", *(column for column in table.columns if column != "store")]], folder / f"{kind}.csv"
-        )
+        save_table(table, folder / f"{kind}.csv")
     _figures(tables["dead_neurons"], tables["overlap"], folder)
     return joined["summary"]
 

@@ -219,6 +219,9 @@ def insert_gates(module: fx.GraphModule, sites: Sequence[Activation]) -> list[fx
     """
     graph = module.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target == GATES:  # inputs are bound by place: any other name will do
+            node.target = f"{GATES}_of_the_model"
     with graph.inserting_after(last):
         gates = graph.placeholder(GATES, default_value=None)
     gates.meta[NAME] = GATES
@@ -281,7 +284,7 @@ def channel_axis(node: fx.Node, dimensions: int) -> int:
         if isinstance(module, _CHANNELS_FIRST) or name in _FIRST_NAMES or str(name).endswith("batch_norm"):
             return 0
         if isinstance(module, _CHANNELS_LAST) or name in _LAST_NAMES:
-            return dimensions - 1
+            return max(dimensions - 1, 0)
     return 0
 
 

@@ -6,14 +6,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import InputError, SampleError
 
-type_of_target = int | Sequence[int] | Tensor | None
+type_of_target = int | Sequence[int] | npt.NDArray[np.integer[Any]] | Tensor | None
 type_of_id = int | str
+
+
+def class_numbers(target: type_of_target) -> Tensor:
+    """A target as int64 `(1,)` or `(B,)`, where it is; raises `InputError` for what is no whole number.
+
+    >>> class_numbers([3, 5])
+    tensor([3, 5])
+    """
+    try:
+        wanted = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"target: expected a class number, or one a sample, found {target!r}") from None
+    if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.is_complex():
+        raise InputError(f"target: expected whole class numbers, found {wanted.dtype}")
+    return wanted.to(torch.int64).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +48,7 @@ class Samples:
 
     inputs: Any
     target: type_of_target = None
-    ids: Sequence[type_of_id] | None = None
+    ids: Sequence[type_of_id] | npt.NDArray[Any] | Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.inputs, Tensor | tuple | dict):
@@ -47,8 +64,8 @@ class Samples:
             raise InputError("inputs: expected at least one sample, found an empty batch")
         if self.ids is not None and len(self.ids) != self.batch:
             raise InputError(f"ids: expected {self.batch}, one a sample, found {len(self.ids)}")
-        if self.target is not None and not isinstance(self.target, int):
-            count = self.target.numel() if isinstance(self.target, Tensor) else len(self.target)
+        if self.target is not None:
+            count = class_numbers(self.target).numel()
             if count not in (1, self.batch):
                 raise InputError(f"target: expected one class, or {self.batch}, one a sample, found {count}")
 
@@ -65,6 +82,11 @@ class Samples:
         return [leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
 
     @property
+    def constants(self) -> list[Any]:
+        """Every leaf of the inputs that is no tensor."""
+        return [leaf for leaf in pytree.tree_leaves(self.inputs) if not isinstance(leaf, Tensor)]
+
+    @property
     def batch(self) -> int:
         """B, the number of samples."""
         return int(self.tensors[0].shape[0])
@@ -77,7 +99,9 @@ class Samples:
     @property
     def names(self) -> tuple[type_of_id, ...]:
         """The ids, or 0 … B − 1 where none were given."""
-        return tuple(range(self.batch)) if self.ids is None else tuple(self.ids)
+        if self.ids is None:
+            return tuple(range(self.batch))
+        return tuple(self.ids.tolist() if isinstance(self.ids, Tensor | np.ndarray) else self.ids)
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -102,11 +126,9 @@ class Samples:
         def picked(leaf: Tensor) -> Tensor:
             return leaf.index_select(0, torch.as_tensor(rows, device=leaf.device, dtype=torch.long))
 
-        target = self.target
-        if isinstance(target, Tensor) and target.numel() > 1:
-            target = target.flatten()[torch.as_tensor(rows, device=target.device, dtype=torch.long)]
-        elif isinstance(target, Sequence) and len(target) > 1:
-            target = [target[row] for row in rows]
+        target = None if self.target is None else class_numbers(self.target)
+        if target is not None and target.numel() > 1:
+            target = picked(target)
         names = self.names
         taken = replace(self, inputs=self.inputs, target=None, ids=None).map(picked)
         return replace(taken, target=target, ids=[names[row] for row in rows])
