@@ -6,6 +6,7 @@ import builtins
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
 
@@ -178,10 +179,12 @@ class NeuronIndex:
 
         Raises `SparsityError` outside [0, 1).
         """
-        return int((1 - exact_sparsity(sparsity)) * self.units)
+        return int((1 - Fraction(exact_sparsity(sparsity))) * self.units)  # a Decimal's product would be rounded
 
     def pack(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
         """Boolean rows `(…, N)` → packed rows `(…, nbytes)`, little-endian bits, each site from a byte on."""
+        if mask.shape[-1] != self.size:
+            raise InputError(f"mask rows: expected {self.size} neurons, found {mask.shape[-1]}")
         if all(site.neurons % 8 == 0 for site in self.sites):
             return np.packbits(mask, axis=-1, bitorder="little")
         packed = np.empty((*mask.shape[:-1], self.nbytes), dtype=np.uint8)
@@ -205,10 +208,10 @@ class NeuronIndex:
 
     def count_by_site(self, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Set bits of packed rows `(n, nbytes)` at each site: `(n, sites)`."""
-        if not self.sites:
-            return np.zeros((*packed.shape[:-1], 0), dtype=np.int64)
-        starts = [site.byte for site in self.sites]
-        return np.add.reduceat(np.bitwise_count(packed), starts, axis=-1, dtype=np.int64)
+        counts = np.zeros((*packed.shape[:-1], len(self.sites)), dtype=np.int64)
+        for number, site in enumerate(self.sites):
+            np.bitwise_count(packed[..., site.bytes]).sum(axis=-1, dtype=np.int64, out=counts[..., number])
+        return counts
 
     def to_json(self) -> dict[str, Any]:
         """The index as JSON data, complete: `from_json` gives it back."""

@@ -30,8 +30,8 @@ def analyse(stores: Stores, folder: str | os.PathLike[str], *, seed: int = 0, pr
     tables: dict[str, dict[str, pd.DataFrame]] = {"summary": {}, "dead_neurons": {}, "overlap": {}}
     for name, path in stores.items():
         with open_store(path) as store:
-            tables["summary"][name] = summary(store, seed=seed, progress=progress)
             tables["dead_neurons"][name] = dead_share(store, seed=seed, progress=progress)
+            tables["summary"][name] = summary(store, tables["dead_neurons"][name])
             if len(store.keys) > 1:
                 tables["overlap"][name] = overlap(store, seed=seed, progress=progress)
     joined = {

@@ -1,0 +1,21 @@
+"""From a store of pathways to pandas tables: offline, without torch and without figures."""
+
+from .dead import dead_by_sample, dead_share
+from .null import intersection_moments, jaccard_moments, random_active, shortfall
+from .overlap import chance_jaccard, overlap, overlap_by_sample
+from .statistics import bootstrap_interval
+from .summary import summary
+
+__all__ = [
+    "bootstrap_interval",
+    "chance_jaccard",
+    "dead_by_sample",
+    "dead_share",
+    "intersection_moments",
+    "jaccard_moments",
+    "overlap",
+    "overlap_by_sample",
+    "random_active",
+    "shortfall",
+    "summary",
+]
