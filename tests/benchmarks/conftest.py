@@ -27,7 +27,9 @@ def ratio(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., f
         benchmark.pedantic(ours, setup=time_reference, rounds=rounds, iterations=1)
         own = benchmark.stats.stats
         fastest, median = own.min / min(spent), own.median / statistics.median(spent)
-        benchmark.extra_info.update(ratio_of_fastest=round(fastest, 3), ratio_of_medians=round(median, 3), reference=what)
+        benchmark.extra_info.update(
+            ratio_of_fastest=round(fastest, 3), ratio_of_medians=round(median, 3), reference=what
+        )
         with capsys.disabled():
             print(f"\n{benchmark.name}: {fastest:.3f} (fastest), {median:.3f} (median) × {what}")
         return float(median)
