@@ -18,8 +18,8 @@ def network_on(device: str) -> tuple[fxpath.Network, torch.Tensor]:
     """A small convolutional network and a batch for it, the same numbers on every device."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(),
-        nn.Linear(6 * 5 * 5, 10),
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(8, 6, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(6 * 5 * 5, 10),
     )  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():

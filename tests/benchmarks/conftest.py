@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 @pytest.fixture
 def ratio(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., float]:
-    """Run `ours` and `reference` in turn; the ratio of their fastest and of their median rounds goes into the report."""
+    """Run `ours` and `reference` in turn; the ratios of fastest and of median rounds go into the report."""
 
     def compare(ours: Callable[[], Any], reference: Callable[[], Any], *, rounds: int = 7, what: str = "") -> float:
         ours()
@@ -31,7 +32,7 @@ def ratio(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., f
             ratio_of_fastest=round(fastest, 3), ratio_of_medians=round(median, 3), reference=what
         )
         with capsys.disabled():
-            print(f"\n{benchmark.name}: {fastest:.3f} (fastest), {median:.3f} (median) × {what}")
+            sys.stdout.write(f"\n{benchmark.name}: {fastest:.3f} (fastest), {median:.3f} (median) × {what}\n")
         return float(median)
 
     return compare
