@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib
 
 from .errors import FxpathError, StoreError, unknown
 from .hdf5 import TEXT, Array, read, reading
@@ -133,6 +133,11 @@ def _sync(path: Path, flags: int) -> None:
         os.close(number)
 
 
+def deflated(block: Array) -> bytes:
+    """A block as HDF5's deflate filter writes it; ISA-L is 5 to 8 times faster and lets other threads run."""
+    return isal_zlib.compress(np.ascontiguousarray(block).view(np.uint8).data, _LEVEL)
+
+
 def create_table(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> h5py.Dataset:
     """An empty table with its chunks, plain deflate and fixed-length type."""
     chunks = chunk_shape(name, shape[0], shape[1:], dtype.itemsize)
@@ -152,8 +157,7 @@ def write_rows(dataset: h5py.Dataset, start: int, array: Array) -> None:
             padded = np.zeros(chunks, dtype=piece.dtype)
             padded[tuple(map(slice, piece.shape))] = piece
             piece = padded
-        # zlib lets other threads run, HDF5's filter does not.
-        payload = zlib.compress(np.ascontiguousarray(piece).view(np.uint8).data, _LEVEL)
+        payload = deflated(piece)
         write_chunk(dataset, (start + corner[0], *corner[1:]), payload)
 
 

@@ -167,14 +167,14 @@ def test_rows_of_several_chunks_are_put_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "tail", "itemsize", "expected"),
     [
-        ("active", (345_388,), 1, (1, 345_388)),
+        ("active", (345_388,), 1, (1, 172_694)),
         ("active", (CHUNK,), 1, (1, CHUNK)),
         ("active", (CHUNK + 1,), 1, (1, CHUNK // 2 + 1)),
         ("pathways/neuron_mct@0.9/mask", (13,), 1, (1, 13)),
-        ("scores/dgr/signed", (2_763_104,), 2, (1, 251_192)),
+        ("scores/dgr/signed", (2_763_104,), 2, (1, 125_596)),
         ("samples/thumbnails", (64, 64, 3), 1, (1, 64, 64, 3)),
-        ("pathways/neuron_mct@0.9/kept", (26,), 4, (630, 26)),
-        ("pathways/neuron_mct@0.9/diagnostics/mask", (26,), 4, (630, 26)),
+        ("pathways/neuron_mct@0.9/kept", (26,), 4, (315, 26)),
+        ("pathways/neuron_mct@0.9/diagnostics/mask", (26,), 4, (315, 26)),
         ("samples/id", (), 14, (1000,)),
     ],
 )
