@@ -7,7 +7,6 @@ import queue
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,29 +14,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from .errors import InputError, StoreError
-from .job import Job, part_name, parts_folder, read_record
+from .errors import InputError, SampleError, StoreError
+from .given import checked_path
+from .job import Job
 from .merging import merge_stores
-from .microbatch import Item, compute_rows, misfit, read_item, require_labels
+from .microbatch import Item, collate, compute_rows, misfit, read_item, require_labels
 from .network import Network
-from .parts import write_store
+from .parts import deflated, write_store
+from .records import part_name, parts_folder, parts_found, read_record, record_of, remove_empty, require_same
 from .schema import Header, Rows
 from .selectors import Selector
 from .store import open_store
 
 DEFAULT_SELECTORS = ("neuron_mct",)
 DEFAULT_SPARSITIES = (0.8, 0.9, 0.99)
+_TRIES = 8  # samples among which one should fit the network
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a job will do, before it is done: `bytes` and `hours` are measured on its first micro-batch.
 
-    `samples` in all and `left` to compute; `neurons` N; `pathways` keys a sample.
+    `samples` in all and `left` to compute in `hours`; `neurons` N at so many `sites`; `keys` of a sample's pathways;
+    `bytes` of the finished file.
     """
 
     samples: int
@@ -88,8 +90,10 @@ def compute(
     `scores` "float16" or "float32" keeps all scores too, so that any sparsity can be cut later (`Store.cut`).
 
     Finished micro-batches are part files in `<path>.parts`; a job that was stopped, by whatever means, goes on from
-    them when it is started again, and the result has the same bytes. `micro_batch` (default 8) and `threads` (default:
-    torch's) belong to the job and are taken over from the parts when it goes on.
+    them when it is started again, and the result has the same bytes. `micro_batch` (default: 8, or the largest below
+    in which a sample's place changes no bit, which is tried) and `threads` (default: torch's) belong to the job and
+    are taken over from what is there when it goes on. Warns with `PlacementWarning` where the micro-batch asked for
+    makes last bits depend on the order of the samples.
 
     A sample that cannot be read, or has NaN or infinite values, is recorded with the reason; `strict` stops instead.
     Raises `InputError` for parameters that do not fit and `StoreError` where `path` holds another job's results.
@@ -112,8 +116,15 @@ def plan(network: Network, dataset: Any, path: str | os.PathLike[str], **options
 
 def merge(path: str | os.PathLike[str]) -> Path:
     """Join the parts of a job whose micro-batches are all there, without the network (`fxpath merge`)."""
-    target = Path(path)
+    target = checked_path(Path(path))
     folder = parts_folder(target)
+    if os.path.lexists(target):
+        theirs = record_of(target)
+        if parts_found(folder):
+            ours = read_record(folder)
+            require_same(ours, theirs, str(target), "move it away, so that the parts can be joined under its name")
+            shutil.rmtree(folder, ignore_errors=True)
+        return target
     record = read_record(folder)
     names = [part_name(number) for number in range(record["parts"])]
     lacking = [name for name in names if not (folder / name).exists()]
@@ -161,15 +172,29 @@ def _read(job: Job, number: int) -> list[Item]:
     ]
 
 
-def _first_fit(job: Job) -> None:
-    """Raise at once where the whole data set has the wrong shape, not sample by sample."""
-    item = read_item(job.dataset, 0, job.ids[0])
-    reason = None if item.problem else misfit(item, job.network)
-    if reason:
+def _first_fit(job: Job) -> Item | None:
+    """The first sample that can be used, None where there seems to be none among those that can be read.
+
+    Raises `InputError` where the whole data set seems not to fit, at once and not sample by sample.
+    """
+    wrong: tuple[str, str] | None = None
+    for position, name in enumerate(job.ids[:_TRIES]):
+        item = read_item(job.dataset, position, name)
+        reason = None if item.problem else misfit(item, job.network)
+        if item.problem is None and reason is None:
+            try:
+                collate([item], job.network).require_finite()
+            except SampleError:
+                continue
+            return item
+        if reason and not wrong:
+            wrong = name, reason
+    if wrong:
         raise InputError(
-            f"compute: sample {item.name!r} does not fit the network: {reason}. Check the preprocessing, or trace "
-            "the network with an example of this size"
+            f"compute: sample {wrong[0]!r} does not fit the network: {wrong[1]}. Check the preprocessing, or trace "
+            "the network with an example of this kind"
         )
+    return None
 
 
 def _run(job: Job, *, progress: bool = True) -> Report:
@@ -177,19 +202,43 @@ def _run(job: Job, *, progress: bool = True) -> Report:
     started = time.perf_counter()
     if job.finished():
         shutil.rmtree(job.folder, ignore_errors=True)  # a kill after the merge leaves it
-        return Report(job.path, len(job.ids), 0, len(job.ids), _failures(job), 0.0)
-    _first_fit(job)
-    missing = job.prepare()
-    reused = len(job.ids) - sum(len(job.ids[job.rows(number)]) for number in missing)
-    bar = tqdm(total=len(job.ids), initial=reused, desc="compute", unit="sample", disable=not progress)
-    with bar, _thread_count(job.threads), _Writer(job.folder, job.part_header()) as writer:
+        return _reported(job, 0, started)
+    job.found()
+    try:
+        with _thread_count(job.threads):
+            job.settle(_first_fit(job))
+            missing = job.prepare(progress=progress)
+            left = sum(len(job.ids[job.rows(number)]) for number in missing)
+            _compute_parts(job, missing, len(job.ids) - left, progress=progress)
+    finally:
+        remove_empty(job.folder)
+    _join(job.folder, [part_name(number) for number in range(job.parts)], job.path, progress=progress)
+    return _reported(job, left, started)
+
+
+def _compute_parts(job: Job, missing: Sequence[int], done: int, *, progress: bool) -> None:
+    bar = tqdm(total=len(job.ids), initial=done, desc="compute", unit="sample", disable=not progress)
+    with bar, _Writer(job.folder, job.header) as writer:
         for number, items in _reading(job, missing):
-            require_labels(items, len(job.header.classes) or 2**62)
+            require_labels(items, job.outputs or len(job.classes) or 2**63)
             writer.put(part_name(number), compute_rows(job.network, job.recipe, items))
             bar.update(len(items))
-    _join(job.folder, [part_name(number) for number in range(job.parts)], job.path, progress=progress)
-    seconds = time.perf_counter() - started
-    return Report(job.path, len(job.ids), len(job.ids) - reused, reused, _failures(job), seconds)
+
+
+def _reported(job: Job, computed: int, started: float) -> Report:
+    with open_store(job.path) as store:
+        table = store.samples()
+    bad = table[table["status"] != "ok"]
+    failed = dict(zip(bad["id"], bad["status"], strict=True))
+    if failed and job.recipe.strict:  # of an earlier start that was not strict
+        name, reason = next(iter(failed.items()))
+        raise SampleError(
+            f"compute: {job.path} is complete, but sample {name!r} could not be used: {reason}. Mend or remove it and "
+            "compute into another file, or leave out --strict",
+            [job.ids.index(name)],
+            [reason],
+        )
+    return Report(job.path, len(job.ids), computed, len(job.ids) - computed, failed, time.perf_counter() - started)
 
 
 def _reading(job: Job, numbers: Sequence[int]) -> Iterator[tuple[int, list[Item]]]:
@@ -203,37 +252,37 @@ def _reading(job: Job, numbers: Sequence[int]) -> Iterator[tuple[int, list[Item]
             yield number, items
 
 
-def _failures(job: Job) -> dict[str, str]:
-    with open_store(job.path) as store:
-        table = store.samples()
-    bad = table[table["status"] != "ok"]
-    return dict(zip(bad["id"], bad["status"], strict=True))
-
-
 def _plan(job: Job) -> Plan:
     """Time and size, from the first micro-batch, computed twice: the first run pays for warming up."""
-    _first_fit(job)
-    done = 0
-    if (job.folder / "job.json").exists():
-        done = sum((job.folder / part_name(number)).exists() for number in range(job.parts))
-    items = _read(job, 0)
+    finished = job.finished()
+    found = [] if finished else job.found()
     with _thread_count(job.threads):
+        job.settle(_first_fit(job))
+        items = _read(job, 0)
         compute_rows(job.network, job.recipe, items)
         started = time.perf_counter()
         rows = compute_rows(job.network, job.recipe, items)
         seconds = time.perf_counter() - started
-    share = len(job.ids) / len(items)
+    missing = [] if finished else sorted(set(range(job.parts)) - set(found))
     return Plan(
-        len(job.ids), max(len(job.ids) - done * job.recipe.micro_batch, 0), job.network.index.size,
-        len(job.network.index), tuple(rows.pathways), job.recipe.micro_batch, job.threads,
-        int(_compressed_size(rows) * share), seconds * (job.parts - done) / 3600,
-    )  # fmt: skip
+        samples=len(job.ids),
+        left=sum(len(job.ids[job.rows(number)]) for number in missing),
+        neurons=job.network.index.size,
+        sites=len(job.network.index),
+        keys=tuple(rows.pathways),
+        micro_batch=job.recipe.micro_batch,
+        threads=job.threads,
+        bytes=int(_stored_size(rows) * len(job.ids) / len(items)),
+        hours=seconds * len(missing) / 3600,
+    )
 
 
-def _compressed_size(rows: Rows) -> int:
-    blocks = [rows.active, *(table.columns["mask"] for table in rows.pathways.values())]
-    blocks += [values for values, _ in rows.scores.values()]
-    return sum(len(zlib.compress(np.ascontiguousarray(block).tobytes(), 1)) for block in blocks)
+def _stored_size(rows: Rows) -> int:
+    """Bytes that the large tables of these rows take when they are deflated."""
+    tables = [rows.active, *(table.columns["mask"] for table in rows.pathways.values())]
+    tables += [values for values, _ in rows.scores.values()]
+    tables += [] if rows.thumbnails is None else [rows.thumbnails]
+    return sum(len(deflated(row)) for table in tables for row in table)
 
 
 class _Writer:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ from .errors import FxpathError, InputError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .batch import Plan, Report
     from .network import Network
     from .zoo import LoadedModel
 
@@ -46,6 +49,11 @@ def say(text: str) -> None:
 def answer(data: Any) -> None:
     """JSON for machines."""
     typer.echo(json.dumps(data, default=str))
+
+
+def mention(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line for people."""
+    say(f"fxpath: note: {' '.join(str(message).split())}")
 
 
 def shown(table: pd.DataFrame, digits: int = 3) -> str:
@@ -91,8 +99,9 @@ def list_sites(
     from .zoo import load_model
 
     random = weights is None and model.startswith(("torchvision:", "timm:"))
-    loaded = load_model(model, weights="random" if random else weights)
-    network = traced(loaded, sites, granularity, "logit", "cpu")
+    with redirect_stdout(sys.stderr):  # what a user's own module prints is no JSON
+        loaded = load_model(model, weights="random" if random else weights)
+        network = traced(loaded, sites, granularity, "logit", "cpu")
     index = network.index
     if as_json:
         answer({
@@ -123,7 +132,9 @@ def compute(
     response: Annotated[str, typer.Option(help="logit, probability or margin")] = "logit",
     labels: Annotated[Path | None, typer.Option(help="CSV with file,label")] = None,
     limit: Annotated[int | None, typer.Option(help="only the first so many images")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="samples at a time (default 8); part of the job")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="samples at a time (default 8); part of the job")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; part of the job")] = None,
     scores: Annotated[str | None, typer.Option(help="float16 or float32: keep all scores too")] = None,
     thumbnails: Annotated[int, typer.Option(help="size of small pictures to keep, 0 for none")] = 0,
@@ -138,43 +149,61 @@ def compute(
 
     from . import batch
     from .images import load_images
-    from .job import parts_folder
     from .selectors import parse
     from .zoo import load_model
 
     chosen = [parse(text) for text in selector or batch.DEFAULT_SELECTORS]  # before anything that takes time
     levels = numbers(sparsity) if sparsity else list(batch.DEFAULT_SPARSITIES)
-    loaded = load_model(model, weights=weights)
-    dataset = load_images(images, loaded.preprocess, classes=loaded.classes, labels=labels, limit=limit)
-    network = traced(loaded, sites, granularity, response, chosen_device(device))
-    options: dict[str, Any] = {
-        "selectors": chosen, "sparsities": levels, "target": target, "micro_batch": micro_batch, "threads": threads,
-        "scores": scores, "strict": strict, "thumbnails": thumbnails, "model": loaded.name,
-        "preprocessing": loaded.preprocessing, "classes": loaded.classes,
-    }  # fmt: skip
-    if dry_run:
-        plan = batch.plan(network, dataset, output, **options)
-        if as_json:
-            answer(asdict(plan))
-        say(
-            f"{plan.samples:,} samples ({plan.left:,} left) × {len(plan.keys)} pathways of {plan.neurons:,} neurons at "
-            f"{plan.sites} sites: about {plan.bytes / 1e6:,.1f} MB and {plan.hours:.2f} hours "
-            f"(micro-batch {plan.micro_batch}, {plan.threads} threads). Nothing was written."
-        )
-        return
     try:
-        report = batch.compute(network, dataset, output, progress=not quiet, **options)
+        with redirect_stdout(sys.stderr):  # what a user's own module or data set prints is no JSON
+            loaded = load_model(model, weights=weights)
+            dataset = load_images(images, loaded.preprocess, classes=loaded.classes, labels=labels, limit=limit)
+            network = traced(loaded, sites, granularity, response, chosen_device(device))
+            options: dict[str, Any] = {
+                "selectors": chosen, "sparsities": levels, "target": target, "micro_batch": micro_batch,
+                "threads": threads, "scores": scores, "strict": strict, "thumbnails": thumbnails, "model": loaded.name,
+                "preprocessing": loaded.preprocessing, "classes": loaded.classes, "progress": not quiet,
+            }  # fmt: skip
+            done = (batch.plan if dry_run else batch.compute)(network, dataset, output, **options)
     except KeyboardInterrupt:
-        say(f"stopped; finished micro-batches are kept in {parts_folder(output)}. The same command goes on there.")
+        say_stopped(output)
         raise typer.Exit(130) from None
-    for name, reason in list(report.failed.items())[:10]:
-        say(f"not computed: {name}: {reason}")
-    say(
+    say(planned(done) if isinstance(done, batch.Plan) else reported(done))
+    if as_json:
+        answer(asdict(done))
+    if isinstance(done, batch.Report) and len(done.failed) == done.samples:
+        raise typer.Exit(2)
+
+
+def say_stopped(output: Path) -> None:
+    """What is left of a job that was interrupted, and how to go on."""
+    from .records import parts_folder, parts_found
+
+    folder = parts_folder(output)
+    kept = len(parts_found(folder))
+    if kept:
+        say(f"stopped; {kept} finished micro-batches are kept in {folder}. The same command goes on there.")
+    else:
+        say("stopped before the first micro-batch was finished; nothing is kept.")
+
+
+def planned(plan: Plan) -> str:
+    """A plan in one line."""
+    return (
+        f"{plan.samples:,} samples ({plan.left:,} left) × {len(plan.keys)} pathways of {plan.neurons:,} neurons at "
+        f"{plan.sites} sites: about {plan.bytes / 1e6:,.1f} MB and {plan.hours:.2g} hours "
+        f"(micro-batch {plan.micro_batch}, {plan.threads} threads). Nothing was written."
+    )
+
+
+def reported(report: Report) -> str:
+    """A report: a line for each of the first samples that could not be used, and one for the job."""
+    lines = [f"not computed: {name}: {reason}" for name, reason in list(report.failed.items())[:10]]
+    lines.append(
         f"{report.path}: {report.samples - len(report.failed):,} of {report.samples:,} samples "
         f"({report.computed:,} computed now, {report.reused:,} were there) in {report.seconds:.1f} s"
     )
-    if as_json:
-        answer(asdict(report))
+    return "\n".join(lines)
 
 
 def numbers(texts: Sequence[str]) -> list[float]:
@@ -290,8 +319,10 @@ def _is_number(text: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors that the user can mend are one line and exit code 2."""
-    try:
-        app(args=spread(sys.argv[1:] if arguments is None else arguments), prog_name="fxpath")
-    except FxpathError as error:
-        say(f"fxpath: {error}")
-        sys.exit(2)
+    with warnings.catch_warnings():
+        warnings.showwarning = mention
+        try:
+            app(args=spread(sys.argv[1:] if arguments is None else arguments), prog_name="fxpath")
+        except FxpathError as error:
+            say(f"fxpath: {' '.join(str(error).split())}")
+            sys.exit(2)

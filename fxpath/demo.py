@@ -59,7 +59,6 @@ def run_demo(folder: str | os.PathLike[str] = "fxpath-demo", *, quick: bool = Fa
     """
     started = time.perf_counter()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     stores: dict[str, Path] = {}
     for name in NETWORKS[:1] if quick else NETWORKS:
         loaded = load_model(f"zoo:{name}")

@@ -23,6 +23,24 @@ class Restriction:
     scale: Sequence[Tensor | None]
     shift: Sequence[Tensor | None]
 
+    def checked(self, index: NeuronIndex, device: torch.device) -> Restriction:
+        """This restriction, if it fits the sites; raises `RestrictionError` where it does not.
+
+        Tensors made in inference mode are copied, as gradients need.
+        """
+        if not len(self.scale) == len(self.shift) == len(index):
+            raise RestrictionError(
+                f"restriction: expected λ and μ for {len(index)} sites, found {len(self.scale)} and {len(self.shift)}"
+            )
+        for name, tensors in (("λ", self.scale), ("μ", self.shift)):
+            for site, given in zip(index.sites, tensors, strict=True):
+                if given is not None:
+                    _require_fit(name, given, site, device)
+        if not any(t is not None and t.is_inference() for t in (*self.scale, *self.shift)):
+            return self
+        with torch.inference_mode(False):
+            return Restriction([_plain(t) for t in self.scale], [_plain(t) for t in self.shift])
+
 
 class Gates:
     """What the gate nodes call during one run: applies a restriction, keeps or watches what passes.
@@ -85,7 +103,30 @@ def _apply(activation: Tensor, scale: Tensor | None, shift: Tensor | None, site:
         raise RestrictionError(
             f"restricted network: site {site.name} gives {tuple(activation.shape)} here, its gates are for {site.shape}"
         )
-    return value
+    value = value.to(activation.dtype)  # λ and μ may be of another type; what follows the site expects its own
+    return value if value.stride() == activation.stride() else _laid_out_like(value, activation)
+
+
+def _require_fit(name: str, given: Tensor, site: Site, device: torch.device) -> None:
+    sizes = zip(given.shape[1:], site.shape, strict=False)
+    if given.ndim != len(site.shape) + 1 or not all(have in (1, size) for have, size in sizes):
+        raise RestrictionError(
+            f"restriction: expected {name} of site {site.name} as (B or 1, *{site.shape}), or 1 in place of an axis, "
+            f"found {tuple(given.shape)}"
+        )
+    if given.device != device:
+        raise RestrictionError(f"restriction: {name} of site {site.name} is on {given.device}, the model on {device}")
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
+def _laid_out_like(value: Tensor, activation: Tensor) -> Tensor:
+    """`value` with its axes in memory as the activation's: kernels, and with them last bits, go by memory format."""
+    order = sorted(range(value.ndim), key=activation.stride, reverse=True)
+    back = sorted(range(value.ndim), key=order.__getitem__)
+    return value.permute(order).contiguous().permute(back)
 
 
 def flat(value: Tensor, site: Site) -> Tensor:

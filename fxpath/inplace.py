@@ -86,7 +86,8 @@ def _make_functional(node: fx.Node, module: fx.GraphModule, before: fx.GraphModu
             return False
         twin = copy.copy(called)  # shares everything with the caller's module but this one flag
         twin.inplace = False  # type: ignore[assignment]
-        node.target = f"fxpath_out_of_place.{str(target).replace('.', '_')}"  # the caller's containers stay untouched
+        # flat, so that the caller's containers stay untouched; the doubled underscore keeps "a.b_c" from "a_b.c"
+        node.target = f"fxpath_out_of_place.{str(target).replace('_', '__').replace('.', '_d')}"
         module.add_submodule(node.target, twin)
         return True
     if node.op == "call_method":

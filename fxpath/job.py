@@ -1,4 +1,4 @@
-"""One job and what of it is on the disk: its identity, its folder of parts, and what is missing."""
+"""One job: its identity, the micro-batch it settles on, and what of it is on the disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import math
 import os
 import platform
+import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,37 +21,38 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .errors import InputError, StoreError
+from .errors import StoreError
+from .given import (
+    checked_ids,
+    checked_number,
+    checked_path,
+    checked_recipe,
+    checked_target,
+    checked_thumbnails,
+    reachable,
+)
 from .keys import exact_sparsity
-from .microbatch import Recipe
+from .microbatch import Item, Recipe, collate
 from .network import Network
+from .placement import SIZES, PlacementWarning, settled, tried
+from .records import (
+    part_name,
+    parts_folder,
+    parts_found,
+    read_record,
+    record_of,
+    require_readable,
+    require_same,
+    write_record,
+)
 from .schema import Header
 from .selectors import Selector, parse
 from .selectors.registry import parameters
 from .store import open_store
 
+__all__ = ["Job", "part_name", "parts_folder", "read_record", "software_versions"]
 
-def parts_folder(path: Path) -> Path:
-    """Where a job that writes `path` keeps its finished micro-batches."""
-    return path.with_name(f"{path.name}.parts")
-
-
-def part_name(number: int) -> str:
-    """The file of micro-batch `number`."""
-    return f"part-{number:07d}.h5"
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a folder of parts says of its job; raises `StoreError` where it says nothing."""
-    try:
-        record = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not isinstance(record["parts"], int):
-            raise ValueError("no job record")
-    except FileNotFoundError:
-        raise StoreError(f"{folder}: expected the parts of a job with a job.json, found none") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{folder}/job.json cannot be read ({error}); remove the folder to start again") from error
-    return record
+SAME, DIFFERENT, NOT_TRIED = "every place gives the same bits", "places differ in last bits", "not tried"
 
 
 def software_versions() -> dict[str, str]:
@@ -62,7 +65,11 @@ def software_versions() -> dict[str, str]:
 
 
 class Job:
-    """One data set, one network, one file: everything that `compute` and `--dry-run` share."""
+    """One data set, one network, one file: everything that `compute` and `--dry-run` share.
+
+    Micro-batch and threads that are not given are those of the parts or the store that is there; where nothing is
+    there, `settle` chooses the micro-batch.
+    """
 
     def __init__(
         self,
@@ -81,186 +88,169 @@ class Job:
         preprocessing: str,
         classes: Sequence[str],
     ) -> None:
-        self.network, self.dataset, self.path, self.thumbnails = network, dataset, path, thumbnails
+        self.network, self.dataset, self.path = network, dataset, checked_path(path)
         self.folder = parts_folder(path)
-        self.ids = _ids_of(dataset)
-        record = read_record(self.folder) if (self.folder / "job.json").exists() else None
-        self.threads = _chosen("threads", threads, record, torch.get_num_threads())
-        self.recipe = Recipe(
-            tuple(parse(selector) for selector in selectors),
-            tuple(float(exact_sparsity(sparsity)) for sparsity in sparsities),
-            _checked_target(target),
-            _chosen("micro_batch", micro_batch, record, 8),
-            scores,
-            strict,
+        self.ids = checked_ids(dataset)
+        self.thumbnails = checked_thumbnails(thumbnails, dataset)
+        self.model = model or network.traced.graph_module.__class__.__name__
+        self.preprocessing, self.classes = preprocessing, tuple(classes)
+        self.fingerprint = network.fingerprint
+        self.created = datetime.now(UTC).isoformat(timespec="seconds")
+        self.before = self._before()
+        known = self.before or {"micro_batch": SIZES[0], "threads": torch.get_num_threads()}
+        self.asked = None if micro_batch is None else checked_number("micro_batch", micro_batch)
+        self.threads = checked_number("threads", known.get("threads") if threads is None else threads)
+        self.place: str = known.get("place", NOT_TRIED)
+        self.outputs: int | None = known.get("outputs")
+        self.recipe = checked_recipe(
+            Recipe(
+                tuple(parse(selector) for selector in selectors),
+                tuple(float(exact_sparsity(sparsity)) for sparsity in sparsities),
+                checked_target(target, dataset),
+                self.asked or checked_number("micro_batch", known.get("micro_batch")),
+                scores,
+                strict,
+            )
         )
-        _check_recipe(self.recipe)
-        self.header = Header(
-            model=model or network.traced.graph_module.__class__.__name__,
-            fingerprint=network.fingerprint,
+
+    def _before(self) -> dict[str, Any] | None:
+        """The record of the job whose store or parts are there."""
+        with reachable(self.path):
+            if os.path.lexists(self.path):
+                return record_of(self.path)
+            return read_record(self.folder) if parts_found(self.folder) else None
+
+    def settle(self, item: Item | None) -> None:
+        """Choose the micro-batch of a job that begins, by a trial with a sample that can be used (None: there is none).
+
+        What was there before has settled it for a job that goes on.
+        Warns with `PlacementWarning` where the one that was asked for lets a sample's place in it change bits.
+        """
+        if self.before is not None or item is None:
+            return
+        target = int(self.recipe.target) if self.recipe.target.isdecimal() else None
+        sample = replace(collate([item], self.network), target=target)
+        size, trial = settled(self.network, sample, self.asked)
+        self.recipe = replace(self.recipe, micro_batch=size)
+        self.place, self.outputs = SAME if trial.equal else DIFFERENT, trial.classes
+        if not trial.equal:
+            better = next(other for other in SIZES if other < size and tried(self.network, sample, other).equal)
+            warnings.warn(
+                f"compute: in a micro-batch of {size} with {self.threads} threads a sample's place changes its last "
+                "bits (matrix products), so that another order of the samples may change a few bits of the masks; a "
+                f"micro-batch of {better} does not",
+                PlacementWarning,
+                stacklevel=2,
+            )
+
+    # --- identity ---
+
+    @property
+    def header(self) -> Header:
+        """What the store and each of its parts say of network and job."""
+        network = self.network
+        types = (str(tensor.dtype) for tensor in network.tensors.values() if tensor.is_floating_point())
+        return Header(
+            model=self.model,
+            fingerprint=self.fingerprint,
             index=network.index,
             edges=np.array(network.edges, dtype=np.int32).reshape(-1, 2),
-            classes=tuple(classes),
+            classes=self.classes,
             input_shape=json.dumps([list(shape) for shape in network.input_shapes]),
-            preprocessing=preprocessing,
+            preprocessing=self.preprocessing,
             micro_batch=self.recipe.micro_batch,
             threads=self.threads,
-            precision=str(network._layout[0][1]).removeprefix("torch."),
+            precision=next(types, "torch.float32").removeprefix("torch."),
             target=self.recipe.target,
             response=network.response.name,
             versions=json.dumps(software_versions()),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            notes={"device": network.device.type, "job": ""},
+            created=self.created,
+            notes={
+                "device": network.device.type,
+                "place": self.place,
+                "job": self.digest,
+                "record": json.dumps(self.record),
+            },
         )
-        self.record = self._record()
 
-    def _record(self) -> dict[str, Any]:
-        """What makes two jobs the same; kept as job.json and, as a digest, in the store."""
-        header, recipe = self.header, self.recipe
-        return {
+    @property
+    def record(self) -> dict[str, Any]:
+        """What makes two jobs the same, as JSON data; kept as job.json and in the store."""
+        recipe = self.recipe
+        record = {
             "schema": 1,
-            "model": header.model,
-            "fingerprint": header.fingerprint,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
             "selectors": [[selector.key, parameters(selector)] for selector in recipe.selectors],
             "sparsities": list(recipe.sparsities),
             "target": recipe.target,
-            "response": header.response,
+            "response": self.network.response.name,
             "micro_batch": recipe.micro_batch,
             "threads": self.threads,
-            "precision": header.precision,
             "device": self.network.device.type,
             "scores": recipe.scores,
             "thumbnails": self.thumbnails,
-            "preprocessing": header.preprocessing,
+            "preprocessing": self.preprocessing,
             "samples": len(self.ids),
             "ids": hashlib.sha256("\0".join(self.ids).encode()).hexdigest(),
             "parts": self.parts,
+            "place": self.place,
+            "outputs": self.outputs,
         }
-
-    @property
-    def parts(self) -> int:
-        """Number of micro-batches."""
-        return math.ceil(len(self.ids) / self.recipe.micro_batch)
+        data: dict[str, Any] = json.loads(json.dumps(record))  # a tuple becomes a list, as it will when read back
+        return data
 
     @property
     def digest(self) -> str:
         """SHA-256 of the record."""
         return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
 
-    # --- what is there already ---
-
-    def finished(self) -> bool:
-        """Whether the store is there and is this job's; raises `StoreError` where it is another's."""
-        if not self.path.exists():
-            return False
-        if self.path.is_dir():
-            raise StoreError(f"compute: {self.path} is a folder; give a file name such as {self.path}/run.h5")
-        with open_store(self.path) as store:
-            theirs = json.loads(str(store.header.notes.get("record", "{}")))
-        self._require_same(theirs, str(self.path), "choose another output file, or move this one away")
-        return True
-
-    def _require_same(self, theirs: dict[str, Any], where: str, way_out: str) -> None:
-        differing = [name for name in self.record if theirs.get(name) != self.record[name]]
-        if differing:
-            shown = "; ".join(
-                f"{name}: there {_brief(theirs.get(name))}, here {_brief(self.record[name])}" for name in differing[:4]
-            )
-            raise StoreError(f"compute: {where} holds the results of another job ({shown}); {way_out}")
-
-    def prepare(self) -> list[int]:
-        """Make the folder of parts, or look at the one there is; returns the numbers of the parts that are missing."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "job.json").exists():
-                fresh = self.folder / ".job.json.tmp"
-                with fresh.open("w", encoding="utf-8") as file:
-                    json.dump(self.record, file, indent=1)
-                    file.flush()
-                    os.fsync(file.fileno())
-                fresh.replace(self.folder / "job.json")
-        except OSError as error:
-            raise StoreError(
-                f"compute: {self.folder} cannot be written ({error.strerror or error}); choose an output in a folder "
-                "that you may write to"
-            ) from error
-        self._require_same(
-            read_record(self.folder), str(self.folder), "remove that folder, or choose another output file"
-        )
-        return [number for number in range(self.parts) if not self.is_whole(number)]
-
-    def is_whole(self, number: int) -> bool:
-        """Whether a part is there, can be read and holds the right samples."""
-        part = self.folder / part_name(number)
-        if not part.exists():
-            return False
-        try:
-            with open_store(part) as store:
-                return list(store.ids) == self.ids[self.rows(number)]
-        except StoreError as error:
-            tqdm.write(f"compute: {error}; this part is computed again")
-            return False
+    @property
+    def parts(self) -> int:
+        """Number of micro-batches."""
+        return math.ceil(len(self.ids) / self.recipe.micro_batch)
 
     def rows(self, number: int) -> slice:
         """The samples of micro-batch `number`."""
         return slice(number * self.recipe.micro_batch, min((number + 1) * self.recipe.micro_batch, len(self.ids)))
 
-    def part_header(self) -> Header:
-        """The header of each part, and so of the store: it carries the job's record."""
-        return replace(
-            self.header,
-            notes={**self.header.notes, "job": self.digest, "record": json.dumps(self.record)},
-        )
+    # --- what is there already ---
 
+    def finished(self) -> bool:
+        """Whether the store is there and is this job's; raises `StoreError` where it is another's."""
+        if not os.path.lexists(self.path):
+            return False
+        way_out = "choose another output file, or move this one away"
+        require_same(self.record, self.before or {}, str(self.path), way_out)
+        return True
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    def found(self) -> list[int]:
+        """The numbers of the parts that are there, whole or not; raises `StoreError` where they are another job's."""
+        with reachable(self.folder):
+            found = parts_found(self.folder)
+        if found:
+            way_out = "remove that folder, or choose another output file"
+            require_same(self.record, read_record(self.folder), str(self.folder), way_out)
+        return found
 
+    def prepare(self, *, progress: bool = False) -> list[int]:
+        """Make the folder of parts, or look at the one there is; returns the numbers of the parts that are missing."""
+        found = self.found()
+        if not found:
+            write_record(self.folder, self.record)
+        shown = tqdm(found, desc="look at parts", unit="part", disable=not progress, leave=False)
+        whole = {number for number in shown if number < self.parts and self.is_whole(number)}
+        return [number for number in range(self.parts) if number not in whole]
 
-def _ids_of(dataset: Any) -> list[str]:
-    try:
-        count = len(dataset)
-    except TypeError:
-        raise InputError(
-            f"compute: expected a map-style data set with a length, found {type(dataset).__name__}; wrap a stream in a "
-            "list or a torch.utils.data.Dataset with __len__ and __getitem__"
-        ) from None
-    if count == 0:
-        raise InputError("compute: the data set is empty")
-    ids = [str(name) for name in getattr(dataset, "ids", range(count))]
-    if len(ids) != count:
-        raise InputError(f"compute: the data set has {count} samples and {len(ids)} ids; give one id a sample")
-    if len(set(ids)) != count:
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise InputError(f"compute: ids name samples and must differ; {twice!r} appears twice")
-    return ids
-
-
-def _chosen(name: str, given: int | None, record: dict[str, Any] | None, default: int) -> int:
-    value = given if given is not None else (record[name] if record and name in record else default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}: expected a whole number of at least 1, found {value!r}")
-    return value
-
-
-def _checked_target(target: str | int) -> str:
-    text = str(target)
-    if text not in ("labels", "predicted") and not text.isdecimal():
-        raise InputError(f"target: expected 'labels', 'predicted' or a class number, found {target!r}")
-    return text
-
-
-def _check_recipe(recipe: Recipe) -> None:
-    if not recipe.selectors:
-        raise InputError("compute: expected at least one selector, found none")
-    if not recipe.sparsities and not all(selector.single for selector in recipe.selectors):
-        raise InputError("compute: expected at least one sparsity, for example 0.9")
-    keys = [key for key, _, _ in recipe.columns()]
-    twice = {key for key in keys if keys.count(key) > 1}
-    if twice:
-        raise InputError(
-            f"compute: {', '.join(sorted(twice))} is asked for twice; name each selector and sparsity once"
-        )
-    if recipe.scores not in (None, "float16", "float32"):
-        raise InputError(f"scores: expected 'float16' or 'float32', found {recipe.scores!r}")
+    def is_whole(self, number: int) -> bool:
+        """Whether a part is this job's and can be read to its last byte; says so where it is not."""
+        part = self.folder / part_name(number)
+        try:
+            with open_store(part) as store:
+                if store.header.notes.get("job") != self.digest or list(store.ids) != self.ids[self.rows(number)]:
+                    raise StoreError(f"{part}: expected samples of this job, found others")
+                require_readable(store)
+                return True
+        except StoreError as error:
+            tqdm.write(f"compute: {error}; this part is computed again", file=sys.stderr)
+            return False

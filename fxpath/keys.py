@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from .errors import SparsityError, StoreError
 
@@ -32,6 +33,16 @@ def exact_sparsity(sparsity: float | str | Decimal) -> Decimal:
             "out, so 0.9 keeps one neuron in ten"
         )
     return exact
+
+
+def checked_sparsities(sparsities: Any) -> tuple[float, ...]:
+    """Several sparsities, each in [0, 1); raises `SparsityError` for one that is not, and for a bare number."""
+    if isinstance(sparsities, str) or not isinstance(sparsities, Iterable):
+        raise SparsityError(f"sparsities: expected a sequence such as (0.8, 0.9), found {sparsities!r}")
+    levels = tuple(sparsities)
+    for level in levels:
+        exact_sparsity(level)
+    return levels
 
 
 @dataclass(frozen=True)

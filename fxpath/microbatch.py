@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from .selectors import Selector
 from .selectors.registry import family, parameters
 
 Array = npt.NDArray[Any]
+
+_LONGEST = 300  # characters of a status; texts in a store are as wide as the longest
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,25 @@ class Recipe:
 
 def read_item(dataset: Any, position: int, name: str, *, thumbnails: int = 0) -> Item:
     """Sample `position` of a map-style data set; whatever goes wrong is kept as its `problem`."""
+    small = np.zeros((thumbnails, thumbnails, 3), dtype=np.uint8) if thumbnails else None
+    label = -1
     try:
         entry = dataset[position]
-        label = -1
         if isinstance(entry, tuple | list) and len(entry) == 2 and _is_label(entry[1]):
-            entry, label = entry[0], int(entry[1])
-        small = dataset.thumbnail(position, thumbnails) if thumbnails else None
+            entry, label = entry[0], _label(entry[1])
+        if small is not None:
+            small[:] = dataset.thumbnail(position, thumbnails)
     except Exception as error:  # a data set may raise anything; the job goes on without the sample
-        return Item(name, problem=str(error) if isinstance(error, FxpathError) else f"{type(error).__name__}: {error}")
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(entry)):
-        return Item(name, problem=f"expected a tensor from the data set, found {type(entry).__name__}")
+        return Item(name, label=label, problem=_reason(error), thumbnail=small)
     return Item(name, entry, label, thumbnail=small)
+
+
+def _reason(error: Exception) -> str:
+    """An exception as one short line that a store can hold."""
+    text = str(error) if isinstance(error, FxpathError) else "".join(traceback.format_exception_only(error))
+    line = " ".join(text.replace("\0", " ").split()).encode("utf-8", "backslashreplace").decode()
+    line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+    return line if line not in ("", "ok") else f"{type(error).__name__} {line}"
 
 
 def _is_label(value: Any) -> bool:
@@ -79,24 +90,54 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def _label(value: Any) -> int:
+    label = int(value)
+    if not -(2**63) <= label < 2**63:
+        raise InputError(f"expected a label of at most 64 bits, found {label}")
+    return max(label, -1)
+
+
 def misfit(item: Item, network: Network) -> str | None:
     """Why an item's inputs do not fit the network, or None."""
-    shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(item.inputs) if isinstance(leaf, Tensor))
+    leaves = pytree.tree_leaves(item.inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        return f"expected a tensor from the data set, found {type(item.inputs).__name__}"
+    shapes = tuple(tuple(tensor.shape) for tensor in tensors)
     if shapes != network.input_shapes:
         expected = ", ".join(map(str, network.input_shapes))
         return f"expected an input of shape {expected}, found {', '.join(map(str, shapes))}"
+    try:
+        network.samples(Samples(_arguments(item.inputs, lambda leaf: _like(leaf, network.device))))
+    except InputError as error:
+        return _reason(error)
     return None
+
+
+def _like(leaf: Tensor, device: torch.device) -> Tensor:
+    """A batch of one with a tensor's shape and type, on a device, in no memory."""
+    return torch.empty((), dtype=leaf.dtype, device=device).expand(1, *leaf.shape)
+
+
+def _arguments(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Inputs as a network takes them: a list becomes a tuple, and `function` is applied to every tensor."""
+    mapped = pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+    return tuple(mapped) if isinstance(mapped, list) else mapped
 
 
 def collate(items: Sequence[Item], network: Network) -> Samples:
     """Items as one batch on the network's device."""
 
-    def stacked(*leaves: Any) -> Any:
-        return torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
-
-    inputs = pytree.tree_map(stacked, items[0].inputs, *(item.inputs for item in items[1:]))
-    if isinstance(inputs, list):
-        inputs = tuple(inputs)
+    structure = pytree.tree_structure(items[0].inputs)
+    other = next((item for item in items if pytree.tree_structure(item.inputs) != structure), None)
+    if other is not None:
+        raise InputError(
+            f"compute: samples {items[0].name!r} and {other.name!r} are put together unlike: expected tensors, tuples "
+            "or dicts of the same form from the whole data set"
+        )
+    columns = zip(*(pytree.tree_leaves(item.inputs) for item in items), strict=True)
+    leaves = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    inputs = _arguments(pytree.tree_unflatten(leaves, structure), lambda leaf: leaf)
     return Samples(inputs, ids=[item.name for item in items]).to(network.device)
 
 
@@ -108,13 +149,18 @@ class _Table:
         self.columns: dict[str, Array] = {
             "mask": np.zeros((rows, network.index.nbytes), dtype=np.uint8),
             **{
-                name: np.full(rows, np.nan, dtype=np.float32)
+                name: np.full(rows, np.nan)
                 for name in ("density", "response", "probability", "dropped_response", "seconds")
             },
             "same_class": np.zeros(rows, dtype=np.bool_),
             "kept": np.zeros((rows, sites), dtype=np.uint32),
             "live": np.zeros((rows, sites), dtype=np.uint32),
+            "missing": np.full(rows, "", dtype=object),
         }
+
+
+def _key(own: str, sparsity: float | None) -> str:
+    return own if sparsity is None else f"{own}@{float(sparsity)!r}"
 
 
 def _host(value: Tensor | None, count: int, missing: float = np.nan) -> Array:
@@ -137,6 +183,7 @@ def compute_rows(network: Network, recipe: Recipe, items: Sequence[Item]) -> Row
     while True:
         good = [position for position, state in enumerate(status) if state == "ok"]
         _refuse(recipe, items, status)
+        rows.clear()
         if not good:
             return rows.done(status)
         try:
@@ -167,9 +214,10 @@ class _Filling:
 
     def __init__(self, network: Network, recipe: Recipe, items: Sequence[Item]) -> None:
         self.network, self.recipe, self.items = network, recipe, items
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Zero masks and NaN for every row."""
         count = len(self.items)
         self.columns: dict[str, Array] = {
             name: np.full(count, -1, dtype=np.int64) for name in ("target", "prediction", "label_rank")
@@ -187,7 +235,6 @@ class _Filling:
 
     def fill(self, good: Sequence[int]) -> None:
         """Compute the rows `good`; raises `SampleError` with positions within `good`."""
-        self._clear()
         recipe, network = self.recipe, self.network
         filled = [*good, *[good[0]] * (recipe.micro_batch - len(good))]
         items = [self.items[position] for position in filled]
@@ -202,10 +249,12 @@ class _Filling:
             seconds = (time.perf_counter() - started) / count
             own = str(family(selector))
             for sparsity, pathways in selection.pathways.items():
-                key = str(PathwayKey.parse(own)) if sparsity is None else f"{own}@{float(sparsity)!r}"
+                key = _key(own, sparsity)
                 self._note_pathways(self.tables[key].columns, samples, original, pathways, good, seconds)
                 for name, values in selection.diagnostics.items():
                     self._diagnostic(self.tables[key].columns, name, values[:count].cpu().numpy(), good)
+            for sparsity, why in selection.missing.items():
+                self.tables[_key(own, sparsity)].columns["missing"][list(good)] = why
             if own in self.scores and selection.scores is not None:
                 self._note_scores(own, selection.scores.signed[:count], good)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, reduce
 from itertools import chain
@@ -25,7 +25,7 @@ from .responses import Response, checked_response, logit, resolve_target, respon
 from .rewriting import SiteSpec, choose_sites, insert_gates, site_edges
 from .samples import Samples, type_of_target
 from .suffixes import Suffix
-from .tracing import Traced, trace_module
+from .tracing import Traced, plain_attention, trace_module
 
 
 def trace(
@@ -36,7 +36,7 @@ def trace(
     granularity: Granularity = "unit",
     response: Response | Callable[[Any], Tensor] | str = logit,
     tracer: fx.Tracer | None = None,
-    leaves: Sequence[type[nn.Module]] = (),
+    leaves: Sequence[type[nn.Module]] | type[nn.Module] = (),
     check: bool = True,
 ) -> Network:
     """Trace a model in evaluation mode to a `Network`: a graph with a gate after every activation.
@@ -54,6 +54,9 @@ def trace(
     (4, ['1'])
     """
     samples = Samples.of(x)
+    leaves = (leaves,) if isinstance(leaves, type) else tuple(leaves)
+    if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in leaves):
+        raise InputError(f"trace: expected leaves to be module types, such as (MyBlock,), found {leaves!r}")
     kinds = sites if isinstance(sites, Sequence) and not isinstance(sites, str) else [sites]
     types = tuple(kind for kind in kinds if isinstance(kind, type))
     if isinstance(model, nn.Module):
@@ -148,7 +151,8 @@ class Network:
     def _run(self, samples: Samples, gates: Gates | None) -> Any:
         if any(module.training for module in self._called):
             raise ModelError("network: the model is in training mode since it was traced; call model.eval()")
-        return self.traced.unbind(self._module(*self.traced.bind(samples), gates))
+        with nullcontext() if gates is None else plain_attention():
+            return self.traced.unbind(self._module(*self.traced.bind(samples), gates))
 
     def samples(self, x: Any, target: type_of_target = None) -> Samples:
         """`x` as samples that fit this network; raises `InputError` where shape, type or device do not.

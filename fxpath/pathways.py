@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, RestrictionError, SampleError, SparsityError
+from .keys import checked_sparsities
 from .neurons import NeuronIndex, Site, select_largest
 
 _SPREAD = 0x0102040810204080  # times eight 0/1 bytes of an int64 gathers their bits in its highest byte
@@ -64,7 +65,7 @@ class Scores:
         Network-wide, per sample; ties at the threshold go to the smaller neuron index; a neuron with c = 0 is never
         kept, so a pathway may be smaller than asked (`density` tells). Raises `SparsityError` outside [0, 1).
         """
-        counts = [self.index.kept(sparsity) for sparsity in sparsities]
+        counts = [self.index.kept(sparsity) for sparsity in checked_sparsities(sparsities)]
         self.require_finite()
         if self.signed.device.type == "cpu" or self.index.granularity == "channel":
             masks = self._threshold_on_host(counts)
@@ -76,7 +77,9 @@ class Scores:
         """`(len(counts), B, N)` by exact selection, a small part of the time of a sort."""
         weights = self.index.weights if self.index.granularity == "channel" else None
         masks = np.empty((len(counts), *self.signed.shape), dtype=np.bool_)
-        values = self.signed.detach().cpu().abs().numpy()
+        signed = self.signed.detach().cpu()
+        # NumPy has no bfloat16 and is slow with float16; float32 holds both as they are
+        values = (signed.float() if signed.element_size() < 4 else signed).abs().numpy()
 
         def select(row: int) -> None:
             masks[:, row] = select_largest(values[row], counts, weights)
@@ -214,7 +217,8 @@ def pack_bits(mask: Tensor, index: NeuronIndex) -> Tensor:
 
 def gather_bits(mask: Tensor) -> Tensor:
     """`(B, 8·n)` bool → `(B, n)` uint8, little-endian, with integer arithmetic that every device has."""
-    words = mask.contiguous().view(torch.int64)
+    words = mask.contiguous()
+    words = (words if words.storage_offset() % 8 == 0 else words.clone()).view(torch.int64)
     return ((words * _SPREAD) >> 56).to(torch.uint8)
 
 

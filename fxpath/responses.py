@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .samples import type_of_target
+from .samples import class_numbers, type_of_target
 
 
 @runtime_checkable
@@ -61,10 +61,7 @@ def resolve_target(logits: Tensor | None, target: type_of_target) -> Tensor | No
         return None
     if target is None:
         return logits.detach().argmax(dim=1)
-    wanted = torch.as_tensor(target)
-    if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.is_complex():
-        raise InputError(f"target: expected whole class numbers, found {wanted.dtype}")
-    wanted = wanted.to(device=logits.device, dtype=torch.int64).flatten()
+    wanted = class_numbers(target).to(logits.device)
     if wanted.numel() not in (1, logits.shape[0]):
         raise InputError(f"target: expected one class, or {logits.shape[0]}, one a sample, found {wanted.numel()}")
     wanted = wanted.expand(logits.shape[0])
@@ -165,6 +162,9 @@ def checked_response(response: Response | Callable[[Any], Tensor] | str) -> Resp
         if response not in named:
             raise InputError(f"response: expected one of {', '.join(named)}, or a function, found {response!r}")
         return named[response]
+    if isinstance(response, type):
+        name = response.__name__
+        raise InputError(f"response: expected an instance, found the class {name}; call it: {name}()")
     if isinstance(response, Response):
         return response
     if callable(response):

@@ -74,10 +74,12 @@ def _operation(node: fx.Node) -> str | None:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         namespace, name = target._schema.name.split("::")
-        return name if namespace == "aten" else None
+        return name.removeprefix("special_") if namespace == "aten" else None
     if node.op == "call_method":
         return str(target)
-    name = getattr(target, "__name__", "")
+    if target is F.threshold:  # its own name is _threshold
+        return "threshold"
+    name = getattr(target, "__name__", "").removeprefix("special_")
     homes = (torch, F, torch.special, torch._C._nn)
     return name if name and any(getattr(home, name, None) is target for home in homes) else None
 
@@ -222,6 +224,8 @@ def insert_gates(module: fx.GraphModule, sites: Sequence[Activation]) -> list[fx
     for node in graph.nodes:
         if node.op == "placeholder" and node.target == GATES:  # inputs are bound by place: any other name will do
             node.target = f"{GATES}_of_the_model"
+            node._rename(node.target)
+            node.meta[NAME] = node.target
     with graph.inserting_after(last):
         gates = graph.placeholder(GATES, default_value=None)
     gates.meta[NAME] = GATES

@@ -168,7 +168,7 @@ def chunk_shape(path: str, rows: int, tail: Sequence[int], itemsize: int) -> tup
     """The chunks of a per-sample table: one row in even pieces of at most `CHUNK` bytes, or many short rows.
 
     >>> chunk_shape("active", 5, (1_694_464,), 1)
-    (1, 423616)
+    (1, 242067)
     """
     row = math.prod(tail) * itemsize
     if tail and (row > CHUNK or _BY_SAMPLE.fullmatch(path)):

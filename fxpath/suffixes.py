@@ -35,7 +35,7 @@ class Suffix:
         network = self.network
         samples = network.samples(x)
         gates = None if network._restriction is None else Gates(network.index, network._restriction)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             activation, *boundary = self._prefix(*network.traced.bind(samples), gates)
         return activation, tuple(boundary)
 

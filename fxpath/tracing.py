@@ -12,7 +12,8 @@ import operator
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .equality import answer, generators, short
+from .equality import check as check_equal
 from .errors import InputError, ModelError, TraceError
 from .inplace import AliasError, InPlaceProxy, MutationAudit, MutationError, remove_in_place
 from .samples import Samples
@@ -49,6 +52,16 @@ class Traced:
         return self.unbind(self.graph_module(*self.bind(samples)))
 
 
+# torch.nn's own modules that hold activations; every other one of torch.nn is a leaf
+_OPENED = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+
+
 class _Tracer(fx.Tracer):
     """fx's tracer, with more leaf modules and in-place operators recorded as such."""
 
@@ -57,7 +70,8 @@ class _Tracer(fx.Tracer):
         self.leaves = tuple(leaves)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+        plain = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
+        return isinstance(m, self.leaves) or plain
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)
@@ -77,36 +91,70 @@ def trace_module(
     looked into. With `check`, the graph's output is compared with the module's on the example and on a second batch
     size. Raises `ModelError` in training mode and `TraceError`, naming the line, where no graph equals the module.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     _require_evaluation(model)
-    example = example.map(lambda leaf: leaf.detach().clone() if leaf.is_inference() else leaf.detach())
-    with torch.inference_mode(False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracers warn about their own internals
-        attempts: list[tuple[str, Exception]] = []
-        ways: list[tuple[str, Callable[[], Traced]]] = [
-            ("symbolic_trace", lambda: _symbolic(model, example, tracer or _Tracer(leaves)))
+    _require_arguments(model, example)
+    first: Exception | None = None
+    attempts: list[str] = []
+    try:
+        with _quietly(example):
+            example = example.map(lambda leaf: leaf.detach().clone() if leaf.is_inference() else leaf.detach())
+            expected = answer(model, example) if check else None
+            for name, way in _ways(model, example, tracer, leaves):
+                try:
+                    with plain_attention():
+                        traced = way()
+                    if check:
+                        check_equal(model, traced, example, expected)
+                    name_nodes(traced.graph_module)
+                    traced.notes += attempts
+                    return traced
+                except Exception as error:
+                    mendable = isinstance(error, InputError | ModelError) and not isinstance(error, TraceError)
+                    if mendable or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    first = first or error
+                    attempts.append(_described(name, error))
+        raise TraceError(_why_untraceable(model, attempts)) from first
+    finally:
+        first = None  # its traceback holds this frame: a cycle that would keep the example alive
+
+
+def _ways(
+    model: nn.Module, example: Samples, tracer: fx.Tracer | None, leaves: Sequence[type[nn.Module]]
+) -> list[tuple[str, Callable[[], Traced]]]:
+    ways: list[tuple[str, Callable[[], Traced]]] = [
+        ("symbolic_trace", lambda: _symbolic(model, example, tracer or _Tracer(leaves)))
+    ]
+    if tracer is None:
+        ways += [
+            ("torch.export", lambda: _export(model, example, functionalise=False)),
+            ("torch.export, functionalised", lambda: _export(model, example, functionalise=True)),
         ]
-        if tracer is None:
-            ways += [
-                ("torch.export", lambda: _export(model, example, functionalise=False)),
-                ("torch.export, functionalised", lambda: _export(model, example, functionalise=True)),
-            ]
-        for name, way in ways:
-            try:
-                traced = way()
-                if check:
-                    _check(model, traced, example)
-                name_nodes(traced.graph_module)
-                traced.notes += [f"{tried}: {_short(error)}" for tried, error in attempts]
-                return traced
-            except ModelError as error:
-                if not isinstance(error, TraceError):
-                    raise
-                attempts.append((name, error))
-            except Exception as error:
-                if name == ways[0][0] and isinstance(error, torch.OutOfMemoryError):
-                    raise
-                attempts.append((name, error))
-    raise TraceError(_why_untraceable(model, attempts)) from attempts[0][1]
+    return ways
+
+
+@contextmanager
+def _quietly(example: Samples) -> Iterator[None]:
+    """Tracing changes no random state, needs normal tensors, and its warnings are about torch's own internals."""
+    with torch.inference_mode(False), warnings.catch_warnings(), torch.random.fork_rng(generators(example.tensors)):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep torch.nn's attention and transformers from their fused kernel.
+
+    It hides the activations within, and is taken only without gradients: then a pass with gradients and one without
+    would differ in last bits.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _require_evaluation(model: nn.Module) -> None:
@@ -119,6 +167,12 @@ def _require_evaluation(model: nn.Module) -> None:
             f"trace: {type(model).__name__} is in training mode ({shown}); pathways are defined for the network in "
             "evaluation mode. Call model.eval() first"
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ModelError(
+                f"trace: {name} of {type(model).__name__} was made in inference mode, so no gradient can pass it; make "
+                "or load the model outside of torch.inference_mode(), or take copy.deepcopy(model) outside of it"
+            )
 
 
 # --- symbolic tracing -----------------------------------------------------------------------------------------------
@@ -134,7 +188,6 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
         raise TraceError("forward takes *args or **kwargs, which symbolic_trace cannot bind")
     names = [parameter.name for parameter in parameters]
     given = dict(zip(names, example.args, strict=False)) | example.kwargs
-    _require_arguments(model, given, parameters, len(example.args))
     constants = {p.name: p.default for p in parameters if p.name not in given}
     constants |= {name: value for name, value in given.items() if not pytree.tree_any(_is_tensor, value)}
     graph = tracer.trace(model, concrete_args=constants or None)
@@ -155,17 +208,15 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _require_arguments(
-    model: nn.Module, given: dict[str, Any], parameters: Sequence[inspect.Parameter], positional: int
-) -> None:
-    names = [parameter.name for parameter in parameters]
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
-    extra = [name for name in given if name not in names]
-    if missing or extra or positional > len(names):
+def _require_arguments(model: nn.Module, example: Samples) -> None:
+    try:
+        inspect.signature(model.forward).bind(*example.args, **example.kwargs)
+    except TypeError as error:
+        takes = ", ".join(parameter.name for parameter in _parameters(model))
+        gives = ", ".join(example.kwargs) or f"{len(example.args)} in order"
         raise InputError(
-            f"trace: {type(model).__name__}.forward takes ({', '.join(names)}); the example "
-            + ("lacks " + ", ".join(missing) if missing else f"has {', '.join(extra) or positional} as well")
-        )
+            f"trace: {type(model).__name__}.forward takes the arguments ({takes}), the example gives {gives}: {error}"
+        ) from None
 
 
 def _drop_constants(module: fx.GraphModule, names: Sequence[str], constants: dict[str, Any]) -> None:
@@ -192,22 +243,21 @@ def _drop_constants(module: fx.GraphModule, names: Sequence[str], constants: dic
 
 def _export(model: nn.Module, example: Samples, *, functionalise: bool) -> Traced:
     wide = example if example.batch > 1 else example.take([0, 0])  # a batch of 1 would be taken for a constant
-    axes = pytree.tree_map(
+    args, kwargs = pytree.tree_map(
         lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) else None, (wide.args, wide.kwargs)
     )
+    axes = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)  # as export wants them: by parameter
     with torch.no_grad():
-        program = torch.export.export(
-            model, wide.args, wide.kwargs, dynamic_shapes=_by_parameter(model, axes), strict=False
-        )
+        program = torch.export.export(model, wide.args, wide.kwargs, dynamic_shapes=axes, strict=False)
     if functionalise:
         program = program.run_decompositions({})
-    module = program.module(check_guards=False)
-    codegen: Any = module.graph._codegen
+    exported = program.module(check_guards=False)
+    codegen: Any = exported.graph._codegen
     out_spec = codegen.pytree_info.out_spec
-    module.graph.set_codegen(fx.graph.CodeGen())
-    output = next(node for node in module.graph.nodes if node.op == "output")
+    exported.graph.set_codegen(fx.graph.CodeGen())
+    output = next(node for node in exported.graph.nodes if node.op == "output")
     output.args = (tuple(output.args[0]),)
-    module.recompile()
+    module = fx.GraphModule(exported, exported.graph, type(model).__name__)  # without the hooks that check inputs
     keys = list(example.kwargs)
 
     def bind(samples: Samples) -> list[Any]:
@@ -216,15 +266,6 @@ def _export(model: nn.Module, example: Samples, *, functionalise: bool) -> Trace
     _name_stack(module)
     _functional(module, bind(wide))
     return Traced(module, "torch.export", bind, lambda output: pytree.tree_unflatten(list(output), out_spec))
-
-
-def _by_parameter(model: nn.Module, axes: tuple[Any, dict[str, Any]]) -> Any:
-    """Dynamic shapes as `torch.export` wants them: named by parameter where all arguments have a name."""
-    args, kwargs = axes
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in _parameters(model)):
-        return args if not kwargs else axes
-    names = [parameter.name for parameter in _parameters(model)]
-    return dict(zip(names, args, strict=False)) | kwargs
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -248,7 +289,8 @@ def _stack_name(node: fx.Node) -> str:
     path, kind = (stack[-1][0], stack[-1][1]) if stack else ("", None)
     path = path.split("@")[0].removeprefix("L['self'].")
     kind_name = kind if isinstance(kind, str) else f"{getattr(kind, '__module__', '')}.{getattr(kind, '__name__', '')}"
-    inside_leaf = kind_name.startswith("torch.nn.modules.") and ".container." not in kind_name
+    opened = ".container." in kind_name or ".transformer." in kind_name
+    inside_leaf = kind_name.startswith("torch.nn.modules.") and not opened
     if node.op == "call_module":
         return path or str(node.target)
     if node.op in ("call_function", "call_method"):
@@ -280,93 +322,12 @@ def name_nodes(module: fx.GraphModule) -> None:
 
 
 def _functional(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
-    with torch.random.fork_rng(_generators(leaves)):
-        remove_in_place(module, leaves)
-        audit = MutationAudit(module)
-        with torch.no_grad():
-            audit.run(*[leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+    remove_in_place(module, leaves)
+    audit = MutationAudit(module)
+    with torch.no_grad():
+        audit.run(*pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, list(leaves)))
     if audit.changed:
         raise MutationError(f"nodes that change a tensor in place are left: {', '.join(audit.changed)}")
-
-
-def _generators(leaves: Iterable[Any]) -> list[int]:
-    """CUDA devices whose random state a run on these tensors may change."""
-    return sorted({leaf.device.index or 0 for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda})
-
-
-def _run(call: Callable[[], Any], example: Samples) -> Any:
-    with torch.random.fork_rng(_generators(example.tensors)), torch.no_grad():
-        return call()
-
-
-def _check(model: nn.Module, traced: Traced, example: Samples) -> None:
-    second = example.take([0]) if example.batch > 1 else example.take([0, 0])
-    for samples in (example, second):
-        own = samples.map(torch.clone)
-        try:
-            expected = _run(lambda own=own: model(*own.args, **own.kwargs), example)  # type: ignore[misc]
-        except Exception as error:
-            if samples is example:
-                raise ModelError(
-                    f"trace: {type(model).__name__} cannot run on the example "
-                    f"{[tuple(t.shape) for t in example.tensors]}: {_short(error)}; is it the right size and type?"
-                ) from error
-            traced.notes.append(f"the module itself refuses a batch of {samples.batch}: {_short(error)}")
-            continue
-        try:
-            found = _run(lambda samples=samples: traced(samples), example)  # type: ignore[misc]
-        except Exception as error:
-            raise TraceError(
-                f"the graph of {traced.tracer} fails at batch size {samples.batch}, not the module: {_short(error)}"
-            ) from error
-        difference = _difference(expected, found)
-        if difference is None or difference > 0:
-            again = _run(lambda: model(*samples.map(torch.clone).args, **samples.map(torch.clone).kwargs), example)  # noqa: B023
-            if _difference(expected, again) != 0:
-                raise ModelError(
-                    f"trace: {type(model).__name__} answers the same input differently each time, even in evaluation "
-                    "mode; switch off what is random in it (dropout called with training=True, sampling)"
-                )
-        if difference is None:
-            raise TraceError(f"the graph of {traced.tracer} gives another output at batch size {samples.batch}")
-        traced.difference = max(traced.difference, difference)
-        traced.checked = (*traced.checked, samples.batch)
-
-
-def _difference(expected: Any, found: Any) -> float | None:
-    """The largest absolute difference, or None where it is more than rounding."""
-    leaves, spec = pytree.tree_flatten(expected)
-    others, other_spec = pytree.tree_flatten(found)
-    if len(leaves) != len(others) or (spec != other_spec and type(expected) is type(found)):
-        return None
-    largest = 0.0
-    for one, two in zip(leaves, others, strict=True):
-        if not isinstance(one, Tensor):
-            if one != two:
-                return None
-            continue
-        if not isinstance(two, Tensor) or one.shape != two.shape or one.dtype != two.dtype:
-            return None
-        if torch.equal(one, two) or (
-            one.is_floating_point() and torch.equal(one.isnan(), two.isnan()) and one.isnan().all()
-        ):
-            continue
-        if not one.is_floating_point():
-            return None
-        finite = one.isfinite()
-        if not torch.equal(torch.where(finite, 0, one), torch.where(finite, 0, two)) and not bool(one.isnan().any()):
-            return None
-        gap = float((one - two)[finite].abs().max()) if bool(finite.any()) else 0.0
-        scale = float(one[finite].abs().max()) if bool(finite.any()) else 0.0
-        if not gap <= 16 * torch.finfo(one.dtype).eps * max(scale, 1e-30) * 8:
-            return None
-        largest = max(largest, gap)
-    return largest
-
-
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _source_line(error: BaseException) -> str | None:
@@ -380,11 +341,13 @@ def _source_line(error: BaseException) -> str | None:
     return f'{last.filename}:{last.lineno}, in {last.name}: "{last.line}"'
 
 
-def _why_untraceable(model: nn.Module, attempts: Sequence[tuple[str, Exception]]) -> str:
-    said = [f"trace: no graph equals {type(model).__name__}."]
-    for name, error in attempts:
-        line = _source_line(error)
-        said.append(f"  {name}: {_short(error)}" + (f"\n    at {line}" if line else ""))
+def _described(name: str, error: Exception) -> str:
+    line = _source_line(error)
+    return f"{name}: {short(error)}" + (f"\n    at {line}" if line else "")
+
+
+def _why_untraceable(model: nn.Module, attempts: Sequence[str]) -> str:
+    said = [f"trace: no graph equals {type(model).__name__}.", *(f"  {attempt}" for attempt in attempts)]
     said.append(
         "Ways out: pass leaves=(ModuleType, …) for modules that need not be looked into, a tracer=… of your own, or "
         "rewrite the line so that it does not branch on values (an example that fixes the branch)"

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
-from ..keys import exact_sparsity
+from ..keys import checked_sparsities, exact_sparsity
 from ..neurons import NeuronIndex, select_largest
 from ..pathways import Pathways, Scores, Selection
 from ..samples import Samples, type_of_id, type_of_target
@@ -68,6 +69,7 @@ class Random:
     per_layer: bool = False
 
     def select(self, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
+        sparsities = checked_sparsities(sparsities)
         named = Samples.of(samples)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy leaves Python's lock while it works
             drawn = pool.map(lambda name: self.masks(network.index, name, sparsities), named.names)
@@ -86,6 +88,6 @@ class Random:
             return select_largest(draws, [index.kept(s) for s in sparsities], weights)
         masks = np.zeros((len(sparsities), index.size), dtype=np.bool_)
         for site in index.sites:
-            counts = [int((1 - exact_sparsity(sparsity)) * site.neurons) for sparsity in sparsities]
+            counts = [int((1 - Fraction(exact_sparsity(sparsity))) * site.neurons) for sparsity in sparsities]
             masks[:, site.slice] = select_largest(draws[site.slice], counts)
         return masks

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from ..keys import checked_sparsities
 from ..pathways import Scores, Selection
 from ..samples import type_of_target
 from .registry import register
@@ -28,6 +29,7 @@ class ByScore:
     keeps_scores: ClassVar[bool] = True
 
     def select(self: Scorer, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
+        sparsities = checked_sparsities(sparsities)  # before the work, not after
         scores = self.scores(network, samples)
         found = scores.threshold(sparsities)
         diagnostics = {} if scores.completeness is None else {"completeness": scores.completeness}

@@ -80,6 +80,8 @@ def parse(text: str | Selector) -> Selector:
     Random(seed=3, per_layer=False)
     """
     if not isinstance(text, str):
+        if isinstance(text, type) or not isinstance(text, Selector):
+            raise InputError(f"selector: expected a selector or its name, found {text!r}; for example 'neuron_mct'")
         return text
     key, _, rest = text.partition(":")
     kind = selector_type(key)
@@ -95,7 +97,7 @@ def parse(text: str | Selector) -> Selector:
         parsed = parse_value(value)
         if wanted is float and isinstance(parsed, int) and not isinstance(parsed, bool):
             parsed = float(parsed)
-        if not isinstance(parsed, wanted):
+        if not isinstance(parsed, wanted) or (isinstance(parsed, bool) and wanted is not bool):
             raise InputError(f"selector {text!r}: expected {name} to be {wanted.__name__}, found {value!r}")
         given[name] = parsed
     return kind(**given)

@@ -1,0 +1,123 @@
+"""What the disk says of a job: its folder of parts, its record, and the record that a finished store carries."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import StoreError
+from .store import Store, open_store
+
+_RECORD = "job.json"
+
+
+def parts_folder(path: Path) -> Path:
+    """Where a job that writes `path` keeps its finished micro-batches."""
+    return path.with_name(f"{path.name}.parts")
+
+
+def part_name(number: int) -> str:
+    """The file of micro-batch `number`."""
+    return f"part-{number:07d}.h5"
+
+
+def parts_found(folder: Path) -> list[int]:
+    """The numbers of the parts in a folder, whole or not, in order."""
+    if not folder.is_dir():
+        return []
+    numbers = (path.stem.removeprefix("part-") for path in folder.glob("part-*.h5"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a folder of parts says of its job; raises `StoreError` where it says nothing."""
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or type(record["parts"]) is not int:
+            raise ValueError("no job record")
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{folder}: expected the parts of a job with a {_RECORD}, found none") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{folder}/{_RECORD} cannot be read ({error}); remove the folder to start again") from error
+    return record
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Make a folder of parts with its record; raises `StoreError`, and leaves nothing, where it cannot be written."""
+    fresh = folder / f".{_RECORD}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(folder / _RECORD)
+    except (OSError, ValueError) as error:
+        remove_empty(folder)
+        said = getattr(error, "strerror", None) or error
+        raise StoreError(
+            f"compute: {folder} cannot be written ({said}); free disk space, or choose an output in a folder that you "
+            "may write to"
+        ) from error
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder of parts that holds none, so that a job that could not begin leaves nothing behind."""
+    try:
+        if not parts_found(folder):
+            for name in (f".{_RECORD}.tmp", _RECORD):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+    except (OSError, ValueError):
+        pass  # a stranger's file is in it, or it was never there
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """The record of the job that wrote a finished store; raises `StoreError` where no single job did."""
+    with open_store(path) as store:
+        model = store.header.model
+        way_out = "choose another output file, or move this one away"
+        if not store.complete:
+            raise StoreError(f"compute: {path} is a part of a store (of {model}), not a finished one; {way_out}")
+        try:
+            record = json.loads(str(store.header.notes["record"]))
+            if not isinstance(record, dict):
+                raise ValueError("no job record")
+        except (KeyError, ValueError):
+            raise StoreError(f"compute: {path} holds a store of {model} that no single job wrote; {way_out}") from None
+        return record
+
+
+def require_same(ours: dict[str, Any], theirs: dict[str, Any], where: str, way_out: str) -> None:
+    """Raise `StoreError` that names what differs between two jobs."""
+    differing = [name for name in ours if name != "parts" and theirs.get(name) != ours[name]]
+    if differing:
+        shown = "; ".join(
+            "other samples, or in another order"
+            if name == "ids"
+            else f"{name}: there {_brief(theirs.get(name))}, here {_brief(ours[name])}"
+            for name in differing[:4]
+        )
+        raise StoreError(f"compute: {where} holds the results of another job ({shown}); {way_out}")
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def require_readable(store: Store) -> None:
+    """Read every table to its last byte; raises `StoreError` where one is damaged."""
+    store.samples()
+    store.active()
+    for key in store.keys:
+        store.packed(key)
+        store.outcomes(key)
+        for name in ("kept", "live"):
+            store.column(key, name)
+    for row in range(len(store)):
+        store.thumbnail(row)
+        for family in store.score_families:
+            store.scores(family, row)
