@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
@@ -25,12 +27,13 @@ from .microbatch import Item, collate, compute_rows, misfit, read_item, require_
 from .network import Network
 from .parts import deflated, write_store
 from .records import part_name, parts_folder, parts_found, read_record, record_of, remove_empty, require_same
-from .schema import Header, Rows
+from .schema import Header, PathwayRows, Rows
 from .selectors import Selector
 from .store import open_store
 
 DEFAULT_SELECTORS = ("neuron_mct",)
 DEFAULT_SPARSITIES = (0.8, 0.9, 0.99)
+_TABLE = 600  # bytes that HDF5 itself takes for a table
 _TRIES = 8  # samples among which one should fit the network
 
 
@@ -217,12 +220,41 @@ def _run(job: Job, *, progress: bool = True) -> Report:
 
 
 def _compute_parts(job: Job, missing: Sequence[int], done: int, *, progress: bool) -> None:
+    """Compute and write parts. Those of which no sample can be used come last: they take their columns from another."""
+    header = job.header
+    empty: dict[int, list[Item]] = {}
     bar = tqdm(total=len(job.ids), initial=done, desc="compute", unit="sample", disable=not progress)
-    with bar, _Writer(job.folder, job.header) as writer:
+    with bar, _Writer(job.folder, header) as writer:
         for number, items in _reading(job, missing):
             require_labels(items, job.outputs or len(job.classes) or 2**63)
-            writer.put(part_name(number), compute_rows(job.network, job.recipe, items))
+            rows = compute_rows(job.network, job.recipe, items)
+            if "ok" in rows.samples["status"]:
+                writer.put(part_name(number), rows)
+            else:
+                reasons = zip(items, rows.samples["status"], strict=True)
+                empty[number] = [replace(item, inputs=None, problem=reason) for item, reason in reasons]
             bar.update(len(items))
+    pattern = next((job.folder / part_name(n) for n in range(job.parts) if n not in empty), None)
+    with _Writer(job.folder, header) as writer:
+        for number, items in empty.items():
+            rows = compute_rows(job.network, job.recipe, items)
+            writer.put(part_name(number), rows if pattern is None else _with_diagnostics(rows, pattern))
+
+
+def _with_diagnostics(rows: Rows, pattern: Path) -> Rows:
+    """Rows of which nothing could be computed, with the diagnostics' columns of another part, all missing."""
+    pathways: dict[str, PathwayRows] = {}
+    with open_store(pattern) as store:
+        for key, pathway in rows.pathways.items():
+            names = [name for name in store.columns(key) if name.startswith("diagnostics/")]
+            missing = {name: _missing_like(store.column(key, name, slice(0, 1)), len(rows)) for name in names}
+            pathways[key] = replace(pathway, columns={**pathway.columns, **missing})
+    return replace(rows, pathways=pathways)
+
+
+def _missing_like(one: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+    empty = np.full_like(one, np.nan) if one.dtype.kind == "f" else np.zeros_like(one)
+    return np.repeat(empty, count, axis=0)
 
 
 def _reported(job: Job, computed: int, started: float) -> Report:
@@ -264,6 +296,7 @@ def _plan(job: Job) -> Plan:
         rows = compute_rows(job.network, job.recipe, items)
         seconds = time.perf_counter() - started
     missing = [] if finished else sorted(set(range(job.parts)) - set(found))
+    size = _stored_size(rows)
     return Plan(
         samples=len(job.ids),
         left=sum(len(job.ids[job.rows(number)]) for number in missing),
@@ -272,7 +305,7 @@ def _plan(job: Job) -> Plan:
         keys=tuple(rows.pathways),
         micro_batch=job.recipe.micro_batch,
         threads=job.threads,
-        bytes=int(_stored_size(rows) * len(job.ids) / len(items)),
+        bytes=int(size * len(job.ids) / len(items)) + _TABLE * (10 + 11 * len(rows.pathways) + 2 * len(rows.scores)),
         hours=seconds * len(missing) / 3600,
     )
 

@@ -24,6 +24,14 @@ _OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
 } | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
 
 
+def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:  # noqa: ARG001  (aten's signature)
+    """`aten.copy`, which has no derivative of its own: `source` in the shape and type of `target`."""
+    return source.to(target.dtype).expand_as(target)
+
+
+_SUBSTITUTES: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: copied}
+
+
 class AliasError(Exception):
     """An in-place operation whose effect reaches other nodes through shared memory; functionalisation is needed."""
 
@@ -103,10 +111,9 @@ def _make_functional(node: fx.Node, module: fx.GraphModule, before: fx.GraphModu
     if isinstance(node.kwargs.get("out"), fx.Node):
         raise MutationError(f"{node.format_node()} writes into another tensor (out=)")
     if isinstance(target, torch._ops.OpOverload):
-        if not target._schema.is_mutable:
-            return False
-        node.target = _functional_overload(target)
-        return True
+        functional = _functional_overload(target) if target._schema.is_mutable else target
+        node.target = _SUBSTITUTES.get(functional, functional)
+        return target._schema.is_mutable
     if target in _OPERATORS:
         node.target = _OPERATORS[target]
         return True

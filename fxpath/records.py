@@ -113,9 +113,7 @@ def require_readable(store: Store) -> None:
     store.samples()
     store.active()
     for key in store.keys:
-        store.packed(key)
-        store.outcomes(key)
-        for name in ("kept", "live"):
+        for name in store.columns(key):
             store.column(key, name)
     for row in range(len(store)):
         store.thumbnail(row)

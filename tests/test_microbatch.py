@@ -306,7 +306,9 @@ def test_samples_without_a_label_where_labels_are_explained() -> None:
 def test_strict_stops_at_the_sample() -> None:
     batch = items(range(4))
     batch[2] = replace(batch[2], inputs=broken(batch[2].inputs.clone(), float("nan")))
-    with pytest.raises(SampleError, match=r"sample 'foolbox:cifar10_02_8' cannot be used: the input holds NaN") as raised:
+    with pytest.raises(
+        SampleError, match=r"sample 'foolbox:cifar10_02_8' cannot be used: the input holds NaN"
+    ) as raised:
         compute_rows(small(), recipe(strict=True), batch)
     assert raised.value.positions == (2,)
     batch[0] = replace(batch[0], inputs=None, problem="unreadable")

@@ -48,17 +48,22 @@ def test_threshold_and_pack(ratio: Callable[..., float]) -> None:
 
 
 def test_compute_end_to_end(ratio: Callable[..., float], tmp_path: Path) -> None:
-    """`compute` on 8 photos, four selectors, three sparsities ÷ the sum of all its model passes."""
+    """`compute` on 12 photos, four selectors, three sparsities ÷ the sum of all the model passes that it makes.
+
+    These are, a micro-batch: the original network (twice: Active looks for itself), forward and backward of NeuronMCT,
+    the activations of Magnitude, and two masked networks a pathway (kept and dropped); and once a job the forward and
+    backward that try whether places in the micro-batch are alike.
+    """
     loaded = load_model("zoo:squeezenet1_1")
-    photos = load_images("foolbox:imagenet", loaded.preprocess, classes=loaded.classes, limit=8)
+    photos = load_images("foolbox:imagenet", loaded.preprocess, classes=loaded.classes, limit=12)
     network = fxpath.trace(loaded.model, loaded.example(2))
     recipe = Recipe(tuple(parse(name) for name in SELECTORS), SPARSITIES, micro_batch=4)
-    batches = [collate([_item(photos, row) for row in rows], network) for rows in (range(4), range(4, 8))]
     prepared = []
-    for samples in batches:
-        original = network.original(samples)
+    for first in range(0, 12, 4):
+        samples = collate([_item(photos, row) for row in range(first, first + 4)], network)
         found = [selector.select(network, samples, SPARSITIES) for selector in recipe.selectors]
-        prepared.append((samples, original, [p for selection in found for p in selection.pathways.values()]))
+        pathways = [each for selection in found for each in selection.pathways.values()]
+        prepared.append((samples, [*pathways, *(~each for each in pathways)]))
     runs = 0
 
     def ours() -> None:
@@ -70,13 +75,15 @@ def test_compute_end_to_end(ratio: Callable[..., float], tmp_path: Path) -> None
         )  # fmt: skip
 
     def passes() -> None:
-        for samples, original, pathways in prepared:
-            network.original(samples)
+        network.gradients(prepared[0][0])
+        for samples, pathways in prepared:
             network.gradients(samples)
-            network.activations(samples)
-            network.original(samples)
-            for each in pathways:
-                network.outcome(samples, each, original=original)
+            with torch.no_grad():
+                for _ in range(3):
+                    network(samples)
+                for each in pathways:
+                    with network.masked(each):
+                        network(samples)
 
     ratio(ours, passes, rounds=5, what="the sum of its model passes")
 
