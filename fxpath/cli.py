@@ -132,9 +132,7 @@ def compute(
     response: Annotated[str, typer.Option(help="logit, probability or margin")] = "logit",
     labels: Annotated[Path | None, typer.Option(help="CSV with file,label")] = None,
     limit: Annotated[int | None, typer.Option(help="only the first so many images")] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(help="samples at a time (default 8); part of the job")
-    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="samples at a time (default 8); part of the job")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; part of the job")] = None,
     scores: Annotated[str | None, typer.Option(help="float16 or float32: keep all scores too")] = None,
     thumbnails: Annotated[int, typer.Option(help="size of small pictures to keep, 0 for none")] = 0,
@@ -320,6 +318,7 @@ def _is_number(text: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors that the user can mend are one line and exit code 2."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module="fxpath")
         warnings.showwarning = mention
         try:
             app(args=spread(sys.argv[1:] if arguments is None else arguments), prog_name="fxpath")

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FxpathError, InputError, StoreError
-from .microbatch import Recipe
+from .microbatch import Recipe, below
 from .selectors.registry import parameters
 
 _LARGEST_THUMBNAIL = 4096
 
 
 def checked_ids(dataset: Any) -> list[str]:
-    """A name for each sample: the data set's `ids`, else 0 … n − 1; raises `InputError` where they do not fit it."""
+    """A name for each sample: the data set's `ids`, else 0 … n − 1; raises `InputError` where they do not fit it.
+
+    A sample keeps its name in torch's `Subset`, so that whatever is seeded by it stays the same.
+    """
     try:
         count = len(dataset)
     except TypeError:
@@ -27,12 +30,17 @@ def checked_ids(dataset: Any) -> list[str]:
         ) from None
     if count == 0:
         raise InputError("compute: the data set is empty")
-    given = getattr(dataset, "ids", None)
-    if given is not None and (isinstance(given, str) or not hasattr(given, "__iter__")):
+    whole, _ = below(dataset, 0)
+    places = [below(dataset, position)[1] for position in range(count)]
+    given = getattr(whole, "ids", None)
+    if given is None:
+        return [str(place) for place in (places if len(set(places)) == count else range(count))]
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
         raise InputError(f"compute: expected the data set's ids to be a list, found {type(given).__name__}")
-    ids = [str(name) for name in (range(count) if given is None else given)]
-    if len(ids) != count:
-        raise InputError(f"compute: the data set has {count} samples and {len(ids)} ids; give one id a sample")
+    names = [str(name) for name in given]
+    if len(names) != len(whole):
+        raise InputError(f"compute: the data set has {len(whole)} samples and {len(names)} ids; give one id a sample")
+    ids = [names[place] for place in places]
     if len(set(ids)) != count:
         twice = Counter(ids).most_common(1)[0][0]
         raise InputError(f"compute: ids name samples and must differ; {twice!r} appears twice")
@@ -54,7 +62,7 @@ def checked_target(target: str | int, dataset: Any) -> str:
     text = str(target)
     if text not in ("labels", "predicted") and not (text.isascii() and text.isdecimal() and len(text) < 19):
         raise InputError(f"target: expected 'labels', 'predicted' or a class number, found {target!r}")
-    why = getattr(dataset, "why_no_labels", "")
+    why = getattr(below(dataset, 0)[0], "why_no_labels", "")
     if text == "labels" and why:
         raise InputError(f"target: the job is to explain labels, and there are none: {why}")
     return text
@@ -86,9 +94,10 @@ def checked_thumbnails(size: int, dataset: Any) -> int:
     """The size of thumbnails, 0 for none; raises `InputError` where the data set has none to give."""
     if not isinstance(size, int) or not 0 <= size <= _LARGEST_THUMBNAIL:
         raise InputError(f"thumbnails: expected 0 … {_LARGEST_THUMBNAIL} pixels, found {size!r}; 0 is for none")
-    if size and not callable(getattr(dataset, "thumbnail", None)):
+    pictures, _ = below(dataset, 0)
+    if size and not callable(getattr(pictures, "thumbnail", None)):
         raise InputError(
-            f"thumbnails: the data set ({type(dataset).__name__}) has no method thumbnail(i, size) that returns "
+            f"thumbnails: the data set ({type(pictures).__name__}) has no method thumbnail(i, size) that returns "
             "(size, size, 3) uint8; leave them out"
         )
     return size

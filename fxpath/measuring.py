@@ -39,13 +39,18 @@ def measured(
     one or two samples.
     """
     shapes: list[dict[int, tuple[int, ...]]] = []
+    folded: dict[int, Tensor] = {}
     for rows in ([0], [0, min(1, example.batch - 1)]):
         seen: dict[int, tuple[int, ...]] = {}
 
-        def note(number: int, value: Any, seen: dict[int, tuple[int, ...]] = seen) -> None:
+        def note(number: int, value: Any, seen: dict[int, tuple[int, ...]] = seen, batch: int = len(rows)) -> None:
             if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim == 0:
                 raise SiteError(f"site {sites[number].name}: expected a floating-point tensor, found {_kind(value)}")
             seen[number] = tuple(value.shape)
+            if number in folded:
+                _require_block(sites[number].name, folded.pop(number), value)
+            elif batch == 1 and value.shape[0] > 1:
+                folded[number] = value
 
         place = _Place(module)
         with torch.inference_mode(False), torch.no_grad():
@@ -77,6 +82,19 @@ def measured(
         axes.append(max(axis, 0) + (fold > 1))
         folds.append(fold)
     return NeuronIndex.build(blocks, axes=axes, folds=folds, granularity=granularity)
+
+
+def _require_block(name: str, alone: Tensor, batch: Tensor) -> None:
+    """The rows of the first of two samples must be those that it has alone: a block, not every other row."""
+    first = batch[: len(alone)]
+    if alone.is_meta or first.shape != alone.shape:
+        return
+    largest = float(alone.abs().amax()) if alone.numel() else 0.0
+    if not torch.allclose(first, alone, rtol=0.02, atol=0.02 * largest, equal_nan=True):
+        raise SiteError(
+            f"site {name}: expected the rows of a sample one after the other, found those of several samples in turn; "
+            "leave it out with sites=…, or fold with the batch axis first"
+        )
 
 
 def _kind(value: Any) -> str:

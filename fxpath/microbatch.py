@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data import Subset
 
 from .answers import Original
 from .errors import FxpathError, InputError, SampleError
@@ -61,6 +62,13 @@ class Recipe:
         return found
 
 
+def below(dataset: Any, position: int) -> tuple[Any, int]:
+    """The data set under any number of torch's `Subset`s, and the sample's position in it."""
+    while isinstance(dataset, Subset):
+        dataset, position = dataset.dataset, int(dataset.indices[position])
+    return dataset, position
+
+
 def read_item(dataset: Any, position: int, name: str, *, thumbnails: int = 0) -> Item:
     """Sample `position` of a map-style data set; whatever goes wrong is kept as its `problem`."""
     small = np.zeros((thumbnails, thumbnails, 3), dtype=np.uint8) if thumbnails else None
@@ -70,7 +78,8 @@ def read_item(dataset: Any, position: int, name: str, *, thumbnails: int = 0) ->
         if isinstance(entry, tuple | list) and len(entry) == 2 and _is_label(entry[1]):
             entry, label = entry[0], _label(entry[1])
         if small is not None:
-            small[:] = dataset.thumbnail(position, thumbnails)
+            pictures, place = below(dataset, position)
+            small[:] = pictures.thumbnail(place, thumbnails)
     except Exception as error:  # a data set may raise anything; the job goes on without the sample
         return Item(name, label=label, problem=_reason(error), thumbnail=small)
     return Item(name, entry, label, thumbnail=small)

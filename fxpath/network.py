@@ -359,7 +359,7 @@ class Network:
         def note(number: int, value: Tensor) -> None:
             if number in suspects:
                 site = self.index.sites[number]
-                on = grouped(value != 0, site) if site.neurons != site.units else flat(value != 0, site)
+                on = grouped(value > 0, site) if site.neurons != site.units else flat(value > 0, site)
                 live[:, number] = (on.to(torch.bool) & dead[:, site.slice]).sum(dim=1)
 
         with torch.no_grad():

@@ -35,9 +35,7 @@ def analyse(stores: Stores, folder: str | os.PathLike[str], *, seed: int = 0, pr
             if len(store.keys) > 1:
                 tables["overlap"][name] = overlap(store, seed=seed, progress=progress)
     joined = {
-        kind: pd.concat(named, names=["store", "row"]).reset_index("store")
-        for kind, named in tables.items()
-        if named
+        kind: pd.concat(named, names=["store", "row"]).reset_index("store") for kind, named in tables.items() if named
     }
     for kind, table in joined.items():
         save_table(table, folder / f"{kind}.csv")

@@ -341,7 +341,8 @@ def cut(module: fx.GraphModule, starts: Sequence[fx.Node], ends: Sequence[fx.Nod
     goals = [output] if ends is None else list(ends)
     within = (_descendants(starts) & (_ancestors(goals) | set(goals))) - set(starts)
     parameters = {node for node in graph.nodes if node.op == "get_attr"}
-    read = {source for node in within for source in node.all_input_nodes} | (set(goals) - within - {output})
+    reading = within | {output} if ends is None else within  # the output may depend on none of the starts
+    read = {source for node in reading for source in node.all_input_nodes} | (set(goals) - reading)
     gates = next((node for node in graph.nodes if node.target == GATES), None)
     boundary = [n for n in graph.nodes if n in read and n not in within and n not in {*starts, *parameters, gates}]
     suffix = fx.Graph()

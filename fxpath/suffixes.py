@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .gates import Gates
 from .rewriting import cut, prefix
+from .tracing import plain_attention
 
 if TYPE_CHECKING:
     from .network import Network
@@ -35,7 +36,7 @@ class Suffix:
         network = self.network
         samples = network.samples(x)
         gates = None if network._restriction is None else Gates(network.index, network._restriction)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), plain_attention():
             activation, *boundary = self._prefix(*network.traced.bind(samples), gates)
         return activation, tuple(boundary)
 
@@ -43,4 +44,5 @@ class Suffix:
         """The network's output from the site's activation on; differentiable in it."""
         network = self.network
         gates = None if network._restriction is None else Gates(network.index, network._restriction)
-        return network.traced.unbind(self._cut.module(activation, *boundary, gates))
+        with plain_attention():
+            return network.traced.unbind(self._cut.module(activation, *boundary, gates))

@@ -7,13 +7,15 @@ neither modified nor copied: the graph refers to its parameters, so later change
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
+import io
 import operator
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,7 +99,7 @@ def trace_module(
     first: Exception | None = None
     attempts: list[str] = []
     try:
-        with _quietly(example):
+        with _quietly(example), _put_back(model):
             example = example.map(lambda leaf: leaf.detach().clone() if leaf.is_inference() else leaf.detach())
             expected = answer(model, example) if check else None
             for name, way in _ways(model, example, tracer, leaves):
@@ -118,6 +120,8 @@ def trace_module(
         raise TraceError(_why_untraceable(model, attempts)) from first
     finally:
         first = None  # its traceback holds this frame: a cycle that would keep the example alive
+        if len(attempts) > 1:  # torch.export has failed, and leaves such cycles of its own
+            gc.collect()
 
 
 def _ways(
@@ -134,15 +138,42 @@ def _ways(
     return ways
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quietly(example: Samples) -> Iterator[None]:
-    """Tracing changes no random state, needs normal tensors, and its warnings are about torch's own internals."""
-    with torch.inference_mode(False), warnings.catch_warnings(), torch.random.fork_rng(generators(example.tensors)):
+    """Leave the random state alone, use normal tensors, and keep back what torch says about its own internals."""
+    random = torch.random.fork_rng(generators(example.tensors))
+    with torch.inference_mode(False), random, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Undo what modules note about themselves while they are traced: proxies, fake tensors, activations.
+
+    A forward that says `self.last = h`, or appends to a list, would keep them; `torch.export` replaces containers.
+    """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    containers = [
+        (value, value.copy())
+        for _, named in attributes
+        for value in named.values()
+        if isinstance(value, list | dict | set) and value is not named
+    ]
+    try:
+        yield
+    finally:
+        for module, named in attributes:
+            now = vars(module)
+            for name in now.keys() - named.keys():
+                del now[name]
+            now.update(named)
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+@contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
     """Keep torch.nn's attention and transformers from their fused kernel.
 
@@ -168,6 +199,10 @@ def _require_evaluation(model: nn.Module) -> None:
             "evaluation mode. Call model.eval() first"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ModelError(
+                f"trace: {name} of {type(model).__name__} has no shape yet; run the model once, model(x), before"
+            )
         if tensor.is_inference():
             raise ModelError(
                 f"trace: {name} of {type(model).__name__} was made in inference mode, so no gradient can pass it; make "

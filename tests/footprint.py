@@ -75,30 +75,38 @@ def unchanged(*models: nn.Module) -> Iterator[None]:
         assert surroundings() == around
 
 
-class Watched(nn.Module):
-    """A ReLU, to be traced as a leaf, that keeps a weak reference to all that goes in and comes out.
+class Record:
+    """What a `Watched` saw; no list or dict, so that tracing does not take it back."""
 
-    With `fails_at = n` its n-th call from then on raises.
-    """
+    def __init__(self) -> None:
+        self.references: list[weakref.ref[Tensor]] = []
+        self.calls = 0
+        self.fails_at: int | None = None
+
+    def start(self, fails_at: int | None = None) -> None:
+        """Forget everything, and count calls from here; number `fails_at` raises."""
+        self.references.clear()
+        self.calls, self.fails_at = 0, fails_at
+
+    def alive(self, *, collect: bool = False) -> int:
+        """How many of the tensors seen are still there."""
+        if collect:
+            gc.collect()
+        return sum(reference() is not None for reference in self.references)
+
+
+class Watched(nn.Module):
+    """A ReLU, to be traced as a leaf, that keeps a weak reference to all that goes in and comes out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.references: list[weakref.ref[Tensor]] = []
-        self.calls = [0]
-        self.fails_at: list[int | None] = [None]
+        self.record = Record()
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(x)
-        self.references += [weakref.ref(x), weakref.ref(y)]
-        self.calls[0] += 1
-        if self.fails_at[0] == self.calls[0]:
+        if type(x) is Tensor:  # torch keeps some fake tensors, which have no memory, after an export
+            self.record.references += [weakref.ref(x), weakref.ref(y)]
+        self.record.calls += 1
+        if self.record.fails_at == self.record.calls:
             raise RuntimeError("this activation fails")
         return y
-
-    def alive(self, *, collect: bool) -> int:
-        """How many of the tensors seen are still there; forgets those that are not."""
-        if collect:
-            gc.collect()
-        living = [reference for reference in self.references if reference() is not None]
-        self.references[:] = living
-        return len(living)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ FRAME = WholeFrame(32, channels="RGB", mean=(127.0, 127.0, 127.0), std=(64.0, 64
 SELECTORS = ("neuron_mct", "magnitude", "random:seed=3", "active")
 SPARSITIES = (0.8, 0.95)
 FEW = ("neuron_mct", "random:seed=3", "active")  # what most jobs select, at 0.9
-KEYS = tuple(f"{family}@{level}" for family in SELECTORS[:3] for level in SPARSITIES) + ("active",)
+KEYS = (*(f"{family}@{level}" for family in SELECTORS[:3] for level in SPARSITIES), "active")
 
 
 class Small(nn.Module):
@@ -120,6 +121,23 @@ class Chosen:
 def seven() -> Chosen:
     """Seven pictures: `small_jobs:seven`."""
     return Chosen(range(7))
+
+
+class Slow(Chosen):
+    """Pictures that take their time to be read."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(range(10))
+        self.seconds = seconds
+
+    def __getitem__(self, place: int) -> Any:
+        time.sleep(self.seconds)
+        return super().__getitem__(place)
+
+
+def slow(seconds: float = 0.3) -> Slow:
+    """Ten pictures: `small_jobs:slow`."""
+    return Slow(seconds)
 
 
 def run(data: Any, path: Path, network: fxpath.Network | None = None, **options: Any) -> Any:

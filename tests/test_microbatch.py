@@ -345,8 +345,8 @@ X = torch.zeros(3, 32, 32)
 @pytest.mark.parametrize(
     ("item", "label"),
     [
-        (X, -1), ((X, 3), 3), ([X, 3], 3), ((X, np.int64(3)), 3), ((X, torch.tensor(3)), 3), ((X, torch.tensor(-4)), -1),
-        ((X, np.uint8(200)), 200), ((X, -1), -1),
+        (X, -1), ((X, 3), 3), ([X, 3], 3), ((X, np.int64(3)), 3), ((X, torch.tensor(3)), 3),
+        ((X, torch.tensor(-4)), -1), ((X, np.uint8(200)), 200), ((X, -1), -1),
     ],
 )  # fmt: skip
 def test_items_with_and_without_labels(item: Any, label: int) -> None:
@@ -381,7 +381,7 @@ def test_items_that_do_not_fit(item: Any, reason: str) -> None:
     assert str(misfit(found, small())).startswith(reason)
 
 
-class Unspeakable(Exception):
+class UnspeakableError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("not even that")
 
@@ -398,7 +398,7 @@ class Unspeakable(Exception):
         (ValueError("long " * 1000), "ValueError: " + ("long " * 1000)[: 299 - 12] + "…"),
         (StopIteration(), "StopIteration"),
         (MemoryError(), "MemoryError"),
-        (Unspeakable(), "test_microbatch.Unspeakable: <exception str() failed>"),
+        (UnspeakableError(), "test_microbatch.UnspeakableError: <exception str() failed>"),
         (InputError("label"), "label"),
     ],
 )  # fmt: skip

@@ -435,6 +435,27 @@ def test_granularity_is_checked() -> None:
         BY_NAME["Plain"].trace(granularity="pixel")
 
 
+class TimeFirst(nn.Module):
+    """Folds time before the batch: the rows of the samples come in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.fc1(x.transpose(0, 1).reshape(-1, 4)))
+        return F.relu(self.fc2(h.view(x.shape[1], x.shape[0], 5).transpose(0, 1).mean(1)))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_fold_that_mixes_samples_is_refused(batch: int) -> None:
+    torch.manual_seed(0)
+    model, x = TimeFirst().eval(), torch.randn(batch, 6, 4)
+    with pytest.raises(SiteError, match=r"site relu: expected the rows of a sample one after the other"):
+        fxpath.trace(model, x)
+    assert [site.shape for site in fxpath.trace(model, x, sites="relu_1").sites] == [(3,)]
+
+
 def test_folds() -> None:
     assert [site.fold for site in traced("BatchFolded").sites] == [3, 3]
     assert {site.fold for site in traced("Norms").sites} == {1}

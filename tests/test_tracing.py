@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from footprint import unchanged
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import (
     BY_NAME,
     CASES,
@@ -98,6 +102,49 @@ def test_in_place_values_by_hand() -> None:
     }.items():
         network = traced(name)
         torch.testing.assert_close(network(x), formula(BY_NAME[name].model()), rtol=1e-12, atol=1e-13)
+
+
+STEPS: dict[str, Callable[[list[Tensor], int, int], None]] = {
+    "relu_": lambda v, i, j: operator.setitem(v, i, v[i].relu_()),
+    "relu_ unread": lambda v, i, j: [v[i].relu_(), None][1],
+    "+=": lambda v, i, j: operator.setitem(v, i, operator.iadd(v[i], 0.5)),
+    "*= other": lambda v, i, j: operator.setitem(v, i, operator.imul(v[i], v[j] - 0.2)),
+    "add_ other": lambda v, i, j: operator.setitem(v, i, v[i].add_(v[j], alpha=0.5)),
+    "clamp_": lambda v, i, j: operator.setitem(v, i, torch.clamp_(v[i], min=0)),
+    "F.relu in place": lambda v, i, j: operator.setitem(v, i, F.relu(v[i], inplace=True)),
+    "alias": lambda v, i, j: operator.setitem(v, i, v[j]),
+    "dropout": lambda v, i, j: operator.setitem(v, i, F.dropout(v[j], 0.5, False)),
+    "view": lambda v, i, j: operator.setitem(v, i, v[j].view(v[j].shape[0], 4)),
+    "relu": lambda v, i, j: operator.setitem(v, i, F.relu(v[j] - 0.1)),
+    "plus": lambda v, i, j: operator.setitem(v, i, v[i] + v[j]),
+}
+
+
+class Program(nn.Module):
+    """Three tensors and a list of steps on them."""
+
+    def __init__(self, steps: list[tuple[str, int, int]]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.fcs = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [fc(x) for fc in self.fcs]
+        for name, i, j in self.steps:
+            STEPS[name](values, i, j)
+        return F.relu(values[0]) + 2 * values[1] - values[2]
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(STEPS)), st.integers(0, 2), st.integers(0, 2)), max_size=7))
+@settings(max_examples=150, deadline=None)
+def test_any_order_of_aliases_and_in_place_operations(steps: list[tuple[str, int, int]]) -> None:
+    torch.manual_seed(0)
+    model = Program(steps).double().eval()
+    network = fxpath.trace(model, torch.randn(2, 4, dtype=torch.float64))
+    assert network.traced.tracer == "symbolic_trace"
+    assert network.traced.difference == 0
+    other = 3 * torch.randn(5, 4, dtype=torch.float64)
+    assert same_bits(network(other), outputs(model, other))
 
 
 @pytest.mark.parametrize("name", ["ResidualIadd", "ShapeBranch"])
@@ -309,6 +356,49 @@ def test_hooks_of_the_user_stay_and_work() -> None:
     seen.clear()
     network(case.x(2))
     assert seen == [(2, 2, 5, 5)]
+
+
+@pytest.mark.parametrize("guard", [False, True], ids=["symbolic_trace", "torch.export"])
+def test_what_a_module_notes_while_it_is_traced_is_taken_back(guard: bool) -> None:
+    """Else it would be left with proxies and fake tensors, or with the activations of the example."""
+
+    class Noting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.seen: list[Any] = []
+            self.by_name = {"fc1": self.seen}
+            self.last: Any = None
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if guard and x.shape[1] != 4:
+                raise ValueError("four, please")
+            h = F.relu(self.fc1(x))
+            self.last, self.calls = h, self.calls + 1
+            self.seen.append(h)
+            self.by_name["relu"] = h
+            self.fc1.output = h
+            return self.fc2(h)
+
+    model = Noting().eval()
+    with unchanged(model):
+        network = fxpath.trace(model, torch.ones(2, 4))
+    assert network.traced.tracer == ("torch.export" if guard else "symbolic_trace")
+    assert (model.seen, model.last, model.calls) == ([], None, 0)
+    assert list(model.by_name) == ["fc1"]
+    assert model.by_name["fc1"] is model.seen
+    assert not hasattr(model.fc1, "output")
+    model(torch.ones(2, 4))
+    assert len(model.seen) == model.calls == 1
+
+
+def test_modules_without_shapes_are_refused() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.ReLU()).eval()
+    with pytest.raises(ModelError, match=r"0\.weight of Sequential has no shape yet; run the model once"):
+        fxpath.trace(model, torch.ones(2, 4))
+    model(torch.ones(2, 4))
+    assert fxpath.trace(model, torch.ones(2, 4)).index.size == 3
 
 
 def test_fixed_arguments_cannot_change_unseen() -> None:

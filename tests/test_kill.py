@@ -1,0 +1,214 @@
+"""A job that is killed at any moment, started again, gives what an undisturbed one gives, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_jobs import by_sample
+
+import fxpath
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+
+Log = dict[str, dict[str, Any]]
+
+BEGINNING = ["run.h5.parts"]
+PART = [f"run.h5.parts/part-{number:07d}.h5" for number in range(3)]
+UNFINISHED = [f"run.h5.parts/.part-{number:07d}.h5.tmp" for number in range(3)]
+RECORD = [*BEGINNING, "run.h5.parts/job.json"]
+
+# what must be on the disk right after each kill; writing may be a micro-batch behind where computing is killed
+EXPECTED: dict[str, list[str] | None] = {
+    "before the folder of parts": [],
+    "while job.json is written": [*BEGINNING, "run.h5.parts/.job.json.tmp"],
+    "before job.json gets its name": [*BEGINNING, "run.h5.parts/.job.json.tmp"],
+    "job.json is there": RECORD,
+    "first part, first chunk": [*RECORD, UNFINISHED[0]],
+    "first part, mid-write": [*RECORD, UNFINISHED[0]],
+    "first part, before its name": [*RECORD, UNFINISHED[0]],
+    "first part, after its name": [*RECORD, PART[0]],
+    "second micro-batch, computing": None,
+    "second part, mid-write": [*RECORD, PART[0], UNFINISHED[1]],
+    "between second and third part": [*RECORD, *PART[:2]],
+    "third micro-batch, reading": None,
+    "last part, before its name": [*RECORD, *PART[:2], UNFINISHED[2]],
+    "last part, after its name": [*RECORD, *PART],
+    "before the merge": [*RECORD, *PART],
+    "merge, first chunk": [".run.h5.tmp", *RECORD, *PART],
+    "merge, mid-write": [".run.h5.tmp", *RECORD, *PART],
+    "merge, before the store gets its name": [".run.h5.tmp", *RECORD, *PART],
+    "merge, after the store has its name": ["run.h5", *RECORD, *PART],
+    "before the parts are removed": ["run.h5", *RECORD, *PART],
+    "while the parts are removed": None,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kill")
+
+
+@pytest.fixture(scope="module")
+def log(folder: Path) -> Log:
+    """What the driver saw: a job killed at each moment, and one at each size of a full disk."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(TESTS / "kill_driver.py"), str(folder)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {str(line.get("moment", line.get("limit"))): line | {"stderr": done.stderr} for line in lines}
+
+
+def test_every_moment_was_tried(log: Log) -> None:
+    assert [name for name in log if not name.isdecimal()] == list(EXPECTED)
+    assert sum(name.isdecimal() for name in log) == 3
+
+
+@pytest.mark.parametrize("moment", EXPECTED)
+def test_killed_and_started_again(folder: Path, log: Log, moment: str) -> None:
+    seen = log[moment]
+    assert seen["status"] == -signal.SIGKILL, seen["stderr"]  # a job that finished before does not count
+    assert seen["doing"]
+    expected = EXPECTED[moment]
+    if expected is not None:
+        assert sorted(seen["left"]) == sorted(expected)
+    assert ("run.h5" in seen["left"]) == moment.endswith(("has its name", "removed"))
+    assert seen["again"] == 0, seen["stderr"]
+    assert seen["end"] == ["run.h5"]
+    number = list(EXPECTED).index(moment)
+    assert by_sample(folder / str(number) / "run.h5") == by_sample(folder / "undisturbed" / "run.h5")
+
+
+def test_a_full_disk_that_the_kernel_sees_to(folder: Path, log: Log) -> None:
+    """The limit on a file's size: within the first part, at the end of a part, within the merge."""
+    for limit, seen in log.items():
+        if not limit.isdecimal():
+            continue
+        assert seen["status"] == 2, seen
+        assert "cannot write the store" in seen["said"]
+        assert "Nothing was left behind; free disk space" in seen["said"]
+        merging = "run.h5.parts" not in seen["said"]
+        assert sorted(seen["left"]) == (sorted([*RECORD, *PART]) if merging else [])
+        assert seen["again"] == 0
+        assert seen["end"] == ["run.h5"]
+        found = by_sample(folder / f"limit-{limit}" / "run.h5")
+        assert found == by_sample(folder / "undisturbed" / "run.h5")
+    assert [len(seen["left"]) for name, seen in log.items() if name.isdecimal()] == [0, 0, 5]
+
+
+# --- the command line, as it is typed ---
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "fxpath", "compute", "small_jobs:build", "small_jobs:slow", "-o", str(folder / "run.h5"),
+        "--micro-batch", "2", "--threads", "1", *more,
+    ]  # fmt: skip
+
+
+def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> None:
+    until = time.monotonic() + 60
+    while len(list(folder.glob("run.h5.parts/part-*.h5"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_control_c_and_termination(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    with subprocess.Popen(
+        command(tmp_path), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_parts(process, tmp_path, 1)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert out == ""
+    assert "Traceback" not in err
+    kept = len(list(tmp_path.glob("run.h5.parts/part-*.h5")))
+    assert 1 <= kept < 5
+    if sent == signal.SIGINT:
+        said = err.splitlines()[-1]
+        assert said == (
+            f"stopped; {kept} finished micro-batches are kept in {tmp_path / 'run.h5.parts'}. The same command goes on "
+            "there."
+        )
+        assert not list(tmp_path.rglob("*.tmp"))
+    from small_jobs import build, run, slow
+
+    network = fxpath.trace(build().model, build().example(2))
+    report = run(slow(0), tmp_path / "run.h5", network, micro_batch=None, selectors=["neuron_mct"],
+                 sparsities=[0.8, 0.9, 0.99], model="small_jobs:build", preprocessing=build().preprocessing,
+                 classes=build().classes)  # fmt: skip
+    assert report.reused == 2 * kept
+    again = run(slow(0), tmp_path / "other.h5", network, micro_batch=2, selectors=["neuron_mct"],
+                sparsities=[0.8, 0.9, 0.99])  # fmt: skip
+    assert again.reused == 0
+    assert by_sample(tmp_path / "run.h5") == by_sample(tmp_path / "other.h5")
+
+
+@pytest.mark.slow
+def test_squeezenet_killed_at_ten_moments(tmp_path: Path) -> None:
+    """`fxpath compute` on photos, killed at ten moments spread over its time, and started again each time."""
+
+    def start(path: Path) -> subprocess.Popen[str]:
+        arguments = [
+            sys.executable, "-m", "fxpath", "compute", "zoo:squeezenet1_1", "foolbox:imagenet", "-o", str(path),
+            "--micro-batch", "2", "--threads", "2", "--quiet",
+        ]  # fmt: skip
+        return subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+    def disk(path: Path) -> tuple[int, bool, bool, bool]:
+        return (
+            len(list(path.parent.glob(f"{path.name}.parts/part-*.h5"))),
+            bool(list(path.parent.glob(f"{path.name}.parts/.part-*.tmp"))),
+            path.with_name(f".{path.name}.tmp").exists(),
+            path.exists(),
+        )
+
+    began = time.monotonic()
+    with start(tmp_path / "undisturbed.h5") as process:
+        while not (tmp_path / "undisturbed.h5.parts" / "job.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        begun = time.monotonic() - began
+        assert process.wait() == 0
+    whole = time.monotonic() - began
+    wanted = by_sample(tmp_path / "undisturbed.h5")
+    # nine by the clock, from the first micro-batch on, and one as soon as the merge shows on the disk
+    for number in range(10):
+        path = tmp_path / f"{number}.h5"
+        share = number / 9 * 0.95
+        while True:
+            began = time.monotonic()
+            with start(path) as process:
+                while process.poll() is None:
+                    passed = time.monotonic() - began
+                    merging = disk(path)[2]
+                    if merging if number == 9 else passed > begun + share * (whole - begun):
+                        process.kill()
+                        break
+                    time.sleep(0.001)
+                status, passed = process.wait(), time.monotonic() - began
+            if status == -signal.SIGKILL:
+                break
+            path.unlink()  # it finished before its kill, which does not count
+            share *= 0.9
+        parts, writing, merging, there = disk(path)
+        with start(path) as process:
+            _, said = process.communicate()
+            assert process.returncode == 0, said
+        print(f"{number}: killed after {passed:.2f} of {whole:.2f} s (first micro-batch at {begun:.2f} s): "  # noqa: T201
+              f"{parts} parts, writing {writing}, merging {merging}, store {there}; {said.strip()}")  # fmt: skip
+        assert by_sample(path) == wanted
+        assert not path.with_name(f"{path.name}.parts").exists()
