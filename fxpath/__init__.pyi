@@ -1,3 +1,4 @@
+from . import responses as responses
 from .batch import compute as compute
 from .errors import FxpathError as FxpathError
 from .network import Network as Network

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,16 @@ from .merging import merge_stores
 from .microbatch import Item, collate, compute_rows, misfit, read_item, require_labels
 from .network import Network
 from .parts import deflated, write_store
-from .records import part_name, parts_folder, parts_found, read_record, record_of, remove_empty, require_same
+from .records import (
+    held,
+    part_name,
+    parts_folder,
+    parts_found,
+    read_record,
+    record_of,
+    remove_parts,
+    require_same,
+)
 from .schema import Header, PathwayRows, Rows
 from .selectors import Selector
 from .store import open_store
@@ -117,7 +125,7 @@ def plan(network: Network, dataset: Any, path: str | os.PathLike[str], **options
     return _plan(Job(network, dataset, Path(path), **given))
 
 
-def merge(path: str | os.PathLike[str]) -> Path:
+def merge(path: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """Join the parts of a job whose micro-batches are all there, without the network (`fxpath merge`)."""
     target = checked_path(Path(path))
     folder = parts_folder(target)
@@ -126,7 +134,7 @@ def merge(path: str | os.PathLike[str]) -> Path:
         if parts_found(folder):
             ours = read_record(folder)
             require_same(ours, theirs, str(target), "move it away, so that the parts can be joined under its name")
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_parts(folder)
         return target
     record = read_record(folder)
     names = [part_name(number) for number in range(record["parts"])]
@@ -136,7 +144,8 @@ def merge(path: str | os.PathLike[str]) -> Path:
             f"merge: {folder} lacks {len(lacking)} of {len(names)} parts ({lacking[0]} …); start the same "
             "`fxpath compute` again to compute them"
         )
-    _join(folder, names, target, progress=True)
+    with held(folder):
+        _join(folder, names, target, progress=progress)
     return target
 
 
@@ -148,7 +157,7 @@ def _join(folder: Path, names: Sequence[str], target: Path, *, progress: bool) -
             bar.update(done - bar.n)
 
         merge_stores([folder / name for name in names], target, progress=advance)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_parts(folder)
 
 
 @contextmanager
@@ -204,18 +213,15 @@ def _run(job: Job, *, progress: bool = True) -> Report:
     """Compute what is missing, then join the parts."""
     started = time.perf_counter()
     if job.finished():
-        shutil.rmtree(job.folder, ignore_errors=True)  # a kill after the merge leaves it
+        remove_parts(job.folder)  # a kill after the merge leaves them
         return _reported(job, 0, started)
     job.found()
-    try:
-        with _thread_count(job.threads):
-            job.settle(_first_fit(job))
-            missing = job.prepare(progress=progress)
-            left = sum(len(job.ids[job.rows(number)]) for number in missing)
-            _compute_parts(job, missing, len(job.ids) - left, progress=progress)
-    finally:
-        remove_empty(job.folder)
-    _join(job.folder, [part_name(number) for number in range(job.parts)], job.path, progress=progress)
+    with held(job.folder), _thread_count(job.threads):
+        job.settle(_first_fit(job))
+        missing = job.prepare(progress=progress)
+        left = sum(len(job.ids[job.rows(number)]) for number in missing)
+        _compute_parts(job, missing, len(job.ids) - left, progress=progress)
+        _join(job.folder, [part_name(number) for number in range(job.parts)], job.path, progress=progress)
     return _reported(job, left, started)
 
 

@@ -238,11 +238,13 @@ def info(store: StoreFile, as_json: Json = False) -> None:
 
 
 @app.command()
-def merge(store: Annotated[Path, typer.Argument(help="the file whose .parts folder is to be joined")]) -> None:
+def merge(
+    store: Annotated[Path, typer.Argument(help="the file whose .parts folder is to be joined")], quiet: Quiet = False
+) -> None:
     """Join the finished parts of a job into its file, without the network."""
     from .batch import merge as join
 
-    say(f"{join(store)} is complete")
+    say(f"{join(store, progress=not quiet)} is complete")
 
 
 SUMMARY = ("store", "key", "samples", "density", "dead_share", "response_share", "class_kept", "dropped_share")

@@ -1,4 +1,4 @@
-"""The one primitive, λ ⊙ a + μ, and what watches the gates while a network runs (METHODS §2)."""
+"""The one primitive, λ ⊙ a + μ, and what watches the gates while a network runs."""
 
 from __future__ import annotations
 

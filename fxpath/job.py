@@ -31,7 +31,7 @@ from .given import (
     checked_thumbnails,
     reachable,
 )
-from .keys import exact_sparsity
+from .keys import checked_sparsities, exact_sparsity
 from .microbatch import Item, Recipe, collate
 from .network import Network
 from .placement import SIZES, PlacementWarning, settled, tried
@@ -104,8 +104,8 @@ class Job:
         self.outputs: int | None = known.get("outputs")
         self.recipe = checked_recipe(
             Recipe(
-                tuple(parse(selector) for selector in selectors),
-                tuple(float(exact_sparsity(sparsity)) for sparsity in sparsities),
+                tuple(parse(selector) for selector in ([selectors] if isinstance(selectors, str) else selectors)),
+                tuple(float(exact_sparsity(sparsity)) for sparsity in checked_sparsities(sparsities)),
                 checked_target(target, dataset),
                 self.asked or checked_number("micro_batch", known.get("micro_batch")),
                 scores,

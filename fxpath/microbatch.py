@@ -188,11 +188,10 @@ def compute_rows(network: Network, recipe: Recipe, items: Sequence[Item]) -> Row
             "no label, and the job explains labels" if state == "ok" and item.label < 0 else state
             for state, item in zip(status, items, strict=True)
         ]
-    rows = _Filling(network, recipe, items)
     while True:
         good = [position for position, state in enumerate(status) if state == "ok"]
         _refuse(recipe, items, status)
-        rows.clear()
+        rows = _Filling(network, recipe, items)
         if not good:
             return rows.done(status)
         try:
@@ -219,14 +218,10 @@ def _refuse(recipe: Recipe, items: Sequence[Item], status: Sequence[str]) -> Non
 
 
 class _Filling:
-    """The rows of a micro-batch under way."""
+    """The rows of a micro-batch under way: zero masks and NaN, until they are filled."""
 
     def __init__(self, network: Network, recipe: Recipe, items: Sequence[Item]) -> None:
         self.network, self.recipe, self.items = network, recipe, items
-        self.clear()
-
-    def clear(self) -> None:
-        """Zero masks and NaN for every row."""
         count = len(self.items)
         self.columns: dict[str, Array] = {
             name: np.full(count, -1, dtype=np.int64) for name in ("target", "prediction", "label_rank")

@@ -53,7 +53,7 @@ def trace(
     >>> network.index.size, [site.name for site in network.index.sites]
     (4, ['1'])
     """
-    samples = Samples.of(x)
+    samples = Samples.of(x).require_finite()
     leaves = (leaves,) if isinstance(leaves, type) else tuple(leaves)
     if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in leaves):
         raise InputError(f"trace: expected leaves to be module types, such as (MyBlock,), found {leaves!r}")
@@ -201,7 +201,7 @@ class Network:
         return respond(self.response, output, self._resolve(output, samples), samples.batch)
 
     def _resolve(self, output: Any, samples: Samples) -> Tensor | None:
-        """The class to explain; without a target the one that the *original* network predicts (METHODS §1)."""
+        """The class to explain; without a target the one that the *original* network predicts."""
         logits = self.response.logits(output)
         if samples.target is None and logits is not None and self._restriction is not None:
             with torch.no_grad():
@@ -210,7 +210,7 @@ class Network:
 
     def activations(self, x: Any) -> list[Tensor]:
         """Every site's activation, `(B, …)` each, after its gate; one forward without gradients."""
-        samples = self.samples(x)
+        samples = self.samples(x).require_finite()
         gates = Gates(self.index, self._restriction, keep=True)
         with torch.no_grad():
             self._run(samples, gates)
@@ -221,7 +221,7 @@ class Network:
 
         Gradients are zero where Φ does not depend on a site. Parameters get none and are not touched.
         """
-        samples = self.samples(x, target)
+        samples = self.samples(x, target).require_finite()
         gates = Gates(self.index, self._restriction, differentiate=True, entries=self._entries)
         with torch.inference_mode(False), torch.enable_grad():
             output = self._run(samples.map(torch.detach), gates)
@@ -268,6 +268,11 @@ class Network:
             self._restriction = None
 
     def _gates_of(self, pathways: Pathways) -> list[Tensor]:
+        if not isinstance(pathways, Pathways):
+            raise RestrictionError(
+                f"restricted network: expected Pathways, found {type(pathways).__name__}; cut them from scores with "
+                "scores.pathways(sparsity), or wrap a bool mask (B, N): fxpath.Pathways(mask, network.index)"
+            )
         if pathways.index != self.index:
             raise RestrictionError(
                 f"pathways: they are of another index ({pathways.index!r}); this network has {self.index!r}"
@@ -278,13 +283,13 @@ class Network:
 
     @contextmanager
     def masked(self, pathways: Pathways) -> Iterator[Network]:
-        """Φ(·; e ⊙ a): activations off the pathway become 0 (METHODS §2)."""
+        """Φ(·; e ⊙ a): activations off the pathway become 0."""
         with self.restricted(Restriction(self._gates_of(pathways), [None] * len(self.index))):
             yield self
 
     @contextmanager
     def frozen(self, pathways: Pathways, at: Any) -> Iterator[Network]:
-        """Φ̂(·; e) at x: a neuron off the pathway is the constant it had at `at` and passes no gradient (METHODS §2).
+        """Φ̂(·; e) at x: a neuron off the pathway is the constant it had at `at` and passes no gradient.
 
         `at` has one sample for each pathway, or one for all.
         """
@@ -311,7 +316,7 @@ class Network:
         """
         if self._restriction is not None:
             raise RestrictionError("original: the network is restricted; leave the with block first")
-        samples = self.samples(x, target)
+        samples = self.samples(x, target).require_finite()
         active = torch.empty((samples.batch, self.index.size), dtype=torch.bool, device=self.device)
 
         def note(number: int, value: Tensor) -> None:

@@ -236,9 +236,9 @@ def select_largest(
 ) -> npt.NDArray[np.bool_]:
     """Masks `(len(counts), N)` of the `counts[i]` largest of non-negative `values` `(N,)`.
 
-    Ties at the threshold go to the smaller index; a value of 0 is never taken, so a mask may be smaller than asked
-    (METHODS: Prop. 5 requires c_κ > 0). With `weights` a neuron counts as many units as it stands for and is taken
-    whole, largest first, until the next one no longer fits.
+     Ties at the threshold go to the smaller index; a value of 0 is never taken, so a mask may be smaller than asked
+    . With `weights` a neuron counts as many units as it stands for and is taken
+     whole, largest first, until the next one no longer fits.
     """
     masks: npt.NDArray[np.bool_] = np.zeros((len(counts), values.size), dtype=np.bool_)
     if weights is not None and values.size and int(weights.max()) > 1:

@@ -22,7 +22,7 @@ _SPREAD = 0x0102040810204080  # times eight 0/1 bytes of an int64 gathers their 
 class Scores:
     """How much each neuron contributed.
 
-    `signed` is `(B, N)`; `values = |signed|` is what ranks (METHODS §3). `completeness` is `(B, sites)` where the
+    `signed` is `(B, N)`; `values = |signed|` is what ranks. `completeness` is `(B, sites)` where the
     method defines it: |Σ c − (Φ(x) − Φ(a ← 0))|. `key` is the selector's name, for messages.
     """
 
@@ -179,6 +179,8 @@ class Pathways:
         return cls(mask.to(packed.device) if isinstance(packed, Tensor) else mask, index)
 
     def _with(self, other: Pathways) -> Tensor:
+        if not isinstance(other, Pathways):
+            raise RestrictionError(f"pathways: expected Pathways to compare with, found {type(other).__name__}")
         if self.index != other.index:
             raise RestrictionError(f"pathways: expected two of one index, found {self.index!r} and {other.index!r}")
         if 1 != self.batch != other.batch != 1:
@@ -198,7 +200,7 @@ class Pathways:
         return Pathways(self.mask & ~self._with(other), self.index)
 
     def jaccard(self, other: Pathways) -> Tensor:
-        """|A∧B| / |A∨B| per sample, `(B,)` float64; NaN where both are empty (METHODS §7)."""
+        """|A∧B| / |A∨B| per sample, `(B,)` float64; NaN where both are empty."""
         both, either = (self & other).count, (self | other).count
         return both.to(torch.float64) / either.to(torch.float64)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,34 +47,71 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Make a folder of parts with its record; raises `StoreError`, and leaves nothing, where it cannot be written."""
-    fresh = folder / f".{_RECORD}.tmp"
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder of parts, made if need be, for this process alone; at the end it is gone if it holds no part.
+
+    Raises `StoreError` where it cannot be made, or another process is at work in it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        number = os.open(folder, os.O_RDONLY)
+    except (OSError, ValueError) as error:
+        raise _unwritable(folder, error) from error
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"compute: another process is at work in {folder}; wait for it, or choose another output file"
+            ) from None
+        except OSError:
+            pass  # not every file system has locks
+        try:
+            yield
+        finally:
+            remove_empty(folder)
+    finally:
+        os.close(number)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a job that begins; raises `StoreError` where that fails."""
+    fresh = folder / f".{_RECORD}.tmp"
+    try:
         with fresh.open("w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(folder / _RECORD)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: Exception) -> StoreError:
+    said = getattr(error, "strerror", None) or error
+    return StoreError(
+        f"compute: {folder} cannot be written ({said}); free disk space, or choose an output in a folder that you may "
+        "write to"
+    )
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a job keeps in its folder of parts, the record last, and the folder if nothing else is in it."""
+    with suppress(OSError):
+        for pattern in (".part-*.tmp", "part-*.h5"):
+            for path in sorted(folder.glob(pattern)):
+                path.unlink()
         remove_empty(folder)
-        said = getattr(error, "strerror", None) or error
-        raise StoreError(
-            f"compute: {folder} cannot be written ({said}); free disk space, or choose an output in a folder that you "
-            "may write to"
-        ) from error
 
 
 def remove_empty(folder: Path) -> None:
     """Remove a folder of parts that holds none, so that a job that could not begin leaves nothing behind."""
-    try:
+    with suppress(OSError):  # a stranger's file is in it, or it was never there
         if not parts_found(folder):
-            for name in (f".{_RECORD}.tmp", _RECORD):
-                (folder / name).unlink(missing_ok=True)
+            for path in (*folder.glob(".part-*.tmp"), folder / f".{_RECORD}.tmp", folder / _RECORD):
+                path.unlink(missing_ok=True)
             folder.rmdir()
-    except (OSError, ValueError):
-        pass  # a stranger's file is in it, or it was never there
 
 
 def record_of(path: Path) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import plotting
 from .analysis import dead_share, overlap, summary
 from .files import save_table
+from .keys import PathwayKey
 from .store import open_store
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def analyse(stores: Stores, folder: str | os.PathLike[str], *, seed: int = 0, pr
         with open_store(path) as store:
             tables["dead_neurons"][name] = dead_share(store, seed=seed, progress=progress)
             tables["summary"][name] = summary(store, tables["dead_neurons"][name])
-            if len(store.keys) > 1:
+            if comparable(store.keys):
                 tables["overlap"][name] = overlap(store, seed=seed, progress=progress)
     joined = {
         kind: pd.concat(named, names=["store", "row"]).reset_index("store") for kind, named in tables.items() if named
@@ -41,6 +42,16 @@ def analyse(stores: Stores, folder: str | os.PathLike[str], *, seed: int = 0, pr
         save_table(table, folder / f"{kind}.csv")
     _figures(tables["dead_neurons"], tables["overlap"], folder)
     return joined["summary"]
+
+
+def comparable(keys: Sequence[str]) -> bool:
+    """Whether two pathways of a store can be compared: of one sparsity, or one of them without any.
+
+    >>> comparable(["neuron_mct@0.8", "neuron_mct@0.9"]), comparable(["neuron_mct@0.8", "active"])
+    (False, True)
+    """
+    levels = [PathwayKey.parse(key).sparsity for key in keys]
+    return len(levels) > 1 and (None in levels or len(set(levels)) < len(levels))
 
 
 def _figures(dead: dict[str, pd.DataFrame], overlaps: dict[str, pd.DataFrame], folder: Path) -> None:

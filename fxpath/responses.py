@@ -1,4 +1,4 @@
-"""Responses: the one real number per sample whose neurons are looked for (METHODS §1, Φ)."""
+"""Responses: the one real number per sample whose neurons are looked for."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def class_scores(output: Any, key: str | int | None, name: str) -> Tensor:
             found += f" of {len(picked)}"
         raise InputError(
             f"response {name!r}: expected class scores (B, classes) as the network's output, found {found}; pick a "
-            "part of it with output=…, or pass response=a function of the output that gives (B,)"
+            "part of it with response=fxpath.responses.Logit(output=…), or pass a function of the output, (B,)"
         )
     return picked
 

@@ -173,9 +173,12 @@ def choose_sites(module: fx.GraphModule, spec: SiteSpec) -> list[Activation]:
         return known
     by_node = {activation.node: activation for activation in known}
     picked: set[fx.Node] = set()
-    candidates = [n for n in module.graph.nodes if n in _reached_by_input(module.graph) and n.op.startswith("call_")]
+    reached = _reached_by_input(module.graph)
+    candidates = [node for node in module.graph.nodes if node in reached and node.op.startswith("call_")]
     by_name = {node.meta[NAME]: node for node in candidates}
     items: Sequence[Any] = spec if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    if not items:
+        raise SiteError(f"sites: expected at least one name, glob or type, found none. {listing}")
     for item in items:
         if isinstance(item, str) and item in ("rectifiers", "activations"):
             found = [a.node for a in choose_sites(module, item)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -77,7 +76,8 @@ class Moment:
 
 
 MOMENTS = (
-    Moment("before the folder of parts", job, "write_record", 1),
+    Moment("before the folder of parts", batch, "held", 1),
+    Moment("before job.json", job, "write_record", 1),
     Moment("while job.json is written", records.json, "dump", 1, after=True),
     Moment("before job.json gets its name", Path, "replace", 1),
     Moment("job.json is there", batch, "compute_rows", 1),
@@ -96,8 +96,8 @@ MOMENTS = (
     Moment("merge, mid-write", parts, "write_chunk", 40, since="merge_stores"),
     Moment("merge, before the store gets its name", parts, "rename", 1, since="merge_stores"),
     Moment("merge, after the store has its name", parts, "rename", 1, after=True, since="merge_stores"),
-    Moment("before the parts are removed", shutil, "rmtree", 1),
-    Moment("while the parts are removed", os, "unlink", 2, since="merge_stores"),
+    Moment("before the parts are removed", batch, "remove_parts", 1),
+    Moment("while the parts are removed", os, "unlink", 2, since="remove_parts"),
 )
 
 

@@ -35,6 +35,7 @@ from small_jobs import (
     small,
 )
 from torch import nn
+from torch.utils.data import Subset
 
 import fxpath
 from fxpath import batch, parts, records
@@ -154,6 +155,24 @@ def test_lists_are_data_sets_too(tmp_path: Path) -> None:
         assert plain.ids.tolist() == ["0", "1", "2", "3", "4"]
         assert plain.samples()["label"].tolist() == plain.samples()["label_rank"].tolist() == [-1] * 5
         assert labelled.samples()["target"].tolist() == [3] * 5
+
+
+def test_a_subset_keeps_names_labels_and_thumbnails(tmp_path: Path, undisturbed: Path) -> None:
+    """Also of a subset of a subset; a random pathway is drawn by the name, and is that of the whole data set."""
+    run(Subset(Subset(cifar(), [9, 4, 2, 1]), [3, 0, 1]), tmp_path / "run.h5", thumbnails=8)
+    found, whole = by_sample(tmp_path / "run.h5"), by_sample(undisturbed)
+    assert list(found) == [cifar().ids[row] for row in (1, 9, 4)]
+    for name, rows in found.items():
+        assert rows.pop("thumbnail") == cifar().thumbnail(cifar().ids.index(name), 8).tobytes()
+        whole[name].pop("thumbnail")
+        assert rows == whole[name]
+    run(Subset(list(inputs()), [7, 5]), tmp_path / "plain.h5")
+    run(Subset(list(inputs()), [7, 5, 7]), tmp_path / "twice.h5")
+    names = []
+    for path in ("plain.h5", "twice.h5"):
+        with fxpath.open_store(tmp_path / path) as store:
+            names.append(store.ids.tolist())
+    assert names == [["7", "5"], ["0", "1", "2"]]
 
 
 # --- nothing but the sample decides its bits ---
@@ -361,6 +380,35 @@ def test_a_job_that_never_computed_anything_does_not_stand_in_the_way(tmp_path: 
     folder.mkdir()
     (folder / "job.json").write_text('{"parts": 99, "micro_batch": 3, "threads": 7, "target": "4"}')
     run(Chosen(range(10)), path)
+    assert by_sample(path) == by_sample(undisturbed)
+
+
+def test_a_stranger_s_files_stay_where_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "run.h5.parts"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError):
+        run(Chosen(range(3)), tmp_path / "run.h5", target=10)
+    run(Chosen(range(3)), tmp_path / "run.h5", selectors=["active"])
+    assert names_in(tmp_path) == ["run.h5", "run.h5.parts"]
+    assert names_in(folder) == ["thesis.txt"]
+    run(Chosen(range(3)), tmp_path / "run.h5", selectors=["active"])
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_two_processes_at_one_job(tmp_path: Path, undisturbed: Path) -> None:
+    path = tmp_path / "run.h5"
+    stopped(path, 8)
+    names = names_in(tmp_path / "run.h5.parts")
+    with records.held(tmp_path / "run.h5.parts"):
+        with pytest.raises(StoreError, match=r"another process is at work in .*run.h5.parts; wait for it, or choose"):
+            run(Chosen(range(10)), path)
+        assert names_in(tmp_path / "run.h5.parts") == names
+    with records.held(tmp_path / "new.h5.parts"):
+        with pytest.raises(StoreError, match="another process"):
+            run(Chosen(range(10)), tmp_path / "new.h5")
+        assert names_in(tmp_path) == ["new.h5.parts", "run.h5.parts"]
+    assert run(Chosen(range(10)), path).reused == 8
     assert by_sample(path) == by_sample(undisturbed)
 
 

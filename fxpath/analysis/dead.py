@@ -1,4 +1,4 @@
-"""The share of a pathway's neurons that are dead in the original network (METHODS §4, §7; Fig. 1 of the paper).
+"""The share of a pathway's neurons that are dead in the original network.
 
 Dead means: not in the stored activation pattern of the sample. A dead neuron of a pathway is *switched on* when it is
 live in the masked network (the store's column `live`) and *still dead* otherwise. Every share is taken per sample and

@@ -1,4 +1,4 @@
-"""RandomActive, the null of every overlap: random *active* neurons, matched per site in size (METHODS §4, §7).
+"""RandomActive, the null of every overlap: random *active* neurons, matched per site in size.
 
 For a stored pathway e of a sample, RandomActive keeps at every site min(|e| there, active neurons there) neurons, drawn
 without replacement from the sample's stored activation pattern. It is not a selector: it needs no network. Two such

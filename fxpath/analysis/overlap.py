@@ -1,4 +1,4 @@
-"""How much two pathways of the same sample share (METHODS §7; Fig. 2 of the paper).
+"""How much two pathways of the same sample share.
 
 Overlap is the Jaccard index |A ∧ B| / |A ∨ B|, per sample, network-wide and per site, then averaged over samples; empty
 against empty is missing. Beside it stand the chance level of random neurons and the RandomActive null (`null.py`), and
@@ -152,7 +152,8 @@ def _pairs(store: Store, keys: Sequence[str] | str | None, sparsity: float | str
         pairs = [(a, b) for a, b in pairs if levels[a] == levels[b] or None in (levels[a], levels[b])]
     if not pairs:
         raise InputError(
-            f"overlap: expected at least two pathways to compare, found {', '.join(chosen) or 'none'} in {store.path}; "
+            f"overlap: expected at least two pathways of one sparsity to compare, "
+            f"found {', '.join(chosen) or 'none'} in {store.path}; "
             f"it holds {', '.join(store.keys) or 'none'}"
         )
     return pairs

@@ -1,4 +1,4 @@
-"""Intervals over samples (METHODS §10), by scipy."""
+"""Intervals over samples, by scipy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The baselines that every comparison carries: Random, Active and Magnitude (METHODS §4)."""
+"""The baselines that every comparison carries: Random, Active and Magnitude."""
 
 from __future__ import annotations
 

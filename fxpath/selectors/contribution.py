@@ -1,4 +1,4 @@
-"""Selection by contribution: the neurons whose removal would change the response most (METHODS §3)."""
+"""Selection by contribution: the neurons whose removal would change the response most."""
 
 from __future__ import annotations
 
