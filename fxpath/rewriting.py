@@ -120,15 +120,18 @@ def classify(node: fx.Node) -> Activation | None:
     return Activation(node, name, False) if name in _SMOOTH_NAMES else None
 
 
+_SHAPE_ONLY = {
+    "size", "dim", "numel", "ndimension", "nelement", "stride", "is_floating_point", "zeros_like", "ones_like",
+    "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full", "sym_size", "sym_numel", "sym_stride",
+    "sym_storage_offset",
+}  # fmt: skip
+
+
 def carries_data(node: fx.Node) -> bool:
     """Whether a node's value depends on the data of its inputs, not just on their shapes."""
-    if node.op == "call_method":
-        return node.target not in ("size", "dim", "numel", "ndimension", "nelement", "stride", "is_floating_point")
     if node.target is getattr:
         return node.args[1] not in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout")
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.name.startswith(("aten::sym_", "aten::size"))
-    return node.target not in (torch.numel, torch.zeros_like, torch.ones_like, torch.empty_like)
+    return node.op not in ("call_function", "call_method") or _operation(node) not in _SHAPE_ONLY
 
 
 def _reached_by_input(graph: fx.Graph) -> set[fx.Node]:

@@ -369,6 +369,28 @@ def test_edges_of_the_site_graph(name: str) -> None:
     assert site_edges(network._module) == sorted(EDGES[name])
 
 
+def test_a_shape_is_no_data() -> None:
+    """The second site takes only the size of the first; ones_like and zeros_like take no data either."""
+
+    class Sizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.fc1(x))
+            other = F.relu(self.fc2(x)).view(h.size(0), h.shape[1])
+            return other * torch.ones_like(h)
+
+    class Guard(Sizes):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.shape[1] == 4 else x
+
+    for kind in (Sizes, Guard):
+        network = fxpath.trace(kind().eval(), torch.randn(2, 4))
+        assert set(network.edges) == {(-1, 0), (-1, 1), (1, 2)}, kind
+
+
 def test_edges_agree_with_gradients() -> None:
     """An edge to the response or to a site exists only where data flows: cut all others, and the gradient says so."""
     for name in ("Concat", "InPlaceReadAgain", "SqueezeExcitation", "InPlaceReadBefore"):

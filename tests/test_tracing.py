@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxpath
-from fxpath.equality import difference
+from fxpath.equality import answer, difference
 from fxpath.errors import InputError, ModelError, TraceError
 from fxpath.inplace import MutationAudit
 from fxpath.samples import Samples
@@ -283,6 +283,8 @@ def test_random_in_evaluation_mode_is_refused() -> None:
     model, x = Restless().eval(), torch.randn(2, 4)
     with unchanged(model), pytest.raises(ModelError, match="differently each time"):
         fxpath.trace(model, x)
+    with pytest.raises(ModelError, match="differently each time"):
+        answer(model, Samples(x))  # whatever random numbers tracing draws
 
 
 def test_drawing_random_numbers_without_effect_is_fine() -> None:
