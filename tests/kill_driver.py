@@ -10,18 +10,16 @@ import os
 import resource
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from small_jobs import Chosen, run
 
-torch.set_num_threads(1)  # no worker threads that a fork would lose
-
-from small_jobs import Chosen, run  # noqa: E402
-
-from fxpath import batch, job, microbatch, parts, records  # noqa: E402
+from fxpath import batch, job, microbatch, parts, records
 
 SAMPLES = 10  # three micro-batches of four, the last one short
 
@@ -160,6 +158,8 @@ def limited(nbytes: int, folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """All moments, and sizes at which the disk is full: in a part, at the end of one, and while parts are joined."""
+    torch.set_num_threads(1)  # no worker threads that a fork would lose
+    warnings.filterwarnings("ignore", message=".*multi-threaded.*fork")  # Python 3.12 counts NumPy's idle ones
     undisturbed = folder / "undisturbed"
     undisturbed.mkdir()
     start(undisturbed)  # here, so that every fork finds all imported and warm; its threads have ended

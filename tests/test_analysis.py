@@ -600,7 +600,9 @@ def test_bad_input_names_the_file_and_a_way_out(tmp_path: Path) -> None:
         with pytest.raises(SparsityError, match=r"expected a share in \[0, 1\)"):
             overlap(store, sparsity=9)
         for keys in ("active", ["active", "active"]):
-            with pytest.raises(InputError, match=r"at least two pathways to compare, found active in .*run\.h5"):
+            with pytest.raises(
+                InputError, match=r"at least two pathways of one sparsity to compare, found active in .*run\.h5"
+            ):
                 overlap(store, keys)
         with pytest.raises(StoreError, match=r"sample 'photo-0001\.jpg' failed"):
             random_active(store, "active", 1)

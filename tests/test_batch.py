@@ -447,6 +447,17 @@ def test_a_damaged_part_is_computed_again(
     assert by_sample(path) == by_sample(undisturbed)
 
 
+def test_a_part_of_another_job_is_computed_again(tmp_path: Path, undisturbed: Path) -> None:
+    """The same samples under the same name, by other weights, put in by hand."""
+    stopped(tmp_path / "run.h5", 8)
+    with pytest.raises(KeyboardInterrupt):
+        run(Chosen(range(10), {8: KeyboardInterrupt()}), tmp_path / "other.h5", other_weights())
+    part = Path("run.h5.parts", "part-0000001.h5")
+    shutil.copy(tmp_path / "other.h5.parts" / part.name, tmp_path / part)
+    assert run(Chosen(range(10)), tmp_path / "run.h5").reused == 4
+    assert by_sample(tmp_path / "run.h5") == by_sample(undisturbed)
+
+
 def test_a_flipped_bit_in_a_mask_is_noticed(tmp_path: Path, undisturbed: Path) -> None:
     """Not only what the file's structure shows: every table is read before a part counts."""
     import h5py
@@ -883,14 +894,15 @@ def test_a_record_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), MemoryError("boom")])
+@pytest.mark.parametrize(("error", "number"), [(RuntimeError("boom"), 1), (MemoryError("boom"), 2)])
 def test_what_fails_in_the_writer_surfaces(
-    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, number: int
 ) -> None:
+    """Also where it is the last part that cannot be written, after which nothing more is handed over."""
     real = batch.write_store
 
     def failing(path: Path, *arguments: Any, **options: Any) -> None:
-        if path.name == "part-0000001.h5":
+        if path.name == f"part-000000{number}.h5":
             raise error
         real(path, *arguments, **options)
 
@@ -898,8 +910,9 @@ def test_what_fails_in_the_writer_surfaces(
         patched.setattr(batch, "write_store", failing)
         with pytest.raises(type(error), match="boom"):
             run(Chosen(range(10)), tmp_path / "run.h5")
-    assert names_in(tmp_path / "run.h5.parts") == ["job.json", "part-0000000.h5"]
-    assert run(Chosen(range(10)), tmp_path / "run.h5").reused == 4
+    kept = [f"part-{whole:07d}.h5" for whole in range(number)]
+    assert names_in(tmp_path / "run.h5.parts") == ["job.json", *kept]
+    assert run(Chosen(range(10)), tmp_path / "run.h5").reused == 4 * number
     assert by_sample(tmp_path / "run.h5") == by_sample(undisturbed)
 
 

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from small_jobs import by_sample
@@ -158,9 +159,45 @@ def test_control_c_and_termination(tmp_path: Path, sent: signal.Signals, code: i
     assert by_sample(tmp_path / "run.h5") == by_sample(tmp_path / "other.h5")
 
 
+class OnDisk(NamedTuple):
+    """What a job shows on the disk."""
+
+    record: bool
+    parts: int
+    writing: bool
+    merging: bool
+    store: bool
+
+
+def on_disk(path: Path) -> OnDisk:
+    folder = path.with_name(f"{path.name}.parts")
+    return OnDisk(
+        (folder / "job.json").exists(),
+        len(list(folder.glob("part-*.h5"))),
+        bool(list(folder.glob(".part-*.tmp"))),
+        path.with_name(f".{path.name}.tmp").exists(),
+        path.exists(),
+    )
+
+
+# when to kill: what must be seen on the disk, and how many seconds later; ten micro-batches in all
+WHEN: list[tuple[str, Callable[[OnDisk], bool], float]] = [
+    ("the first micro-batch is computed", lambda seen: seen.record, 0.5),
+    ("the first part is written", lambda seen: seen.writing, 0.0),
+    ("one part is there", lambda seen: seen.parts == 1, 0.2),
+    ("the third part is written", lambda seen: seen.parts == 2 and seen.writing, 0.0),
+    ("three parts are there", lambda seen: seen.parts == 3, 0.6),
+    ("five parts are there", lambda seen: seen.parts == 5, 0.0),
+    ("seven parts are there", lambda seen: seen.parts == 7, 0.4),
+    ("the last part is written", lambda seen: seen.parts == 9 and seen.writing, 0.0),
+    ("all parts are there", lambda seen: seen.parts == 10, 0.0),
+    ("parts are joined", lambda seen: seen.merging, 0.05),
+]
+
+
 @pytest.mark.slow
 def test_squeezenet_killed_at_ten_moments(tmp_path: Path) -> None:
-    """`fxpath compute` on photos, killed at ten moments spread over its time, and started again each time."""
+    """`fxpath compute` on photos, killed at ten moments of its work, and started again each time."""
 
     def start(path: Path) -> subprocess.Popen[str]:
         arguments = [
@@ -169,47 +206,30 @@ def test_squeezenet_killed_at_ten_moments(tmp_path: Path) -> None:
         ]  # fmt: skip
         return subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
-    def disk(path: Path) -> tuple[int, bool, bool, bool]:
-        return (
-            len(list(path.parent.glob(f"{path.name}.parts/part-*.h5"))),
-            bool(list(path.parent.glob(f"{path.name}.parts/.part-*.tmp"))),
-            path.with_name(f".{path.name}.tmp").exists(),
-            path.exists(),
-        )
-
-    began = time.monotonic()
     with start(tmp_path / "undisturbed.h5") as process:
-        while not (tmp_path / "undisturbed.h5.parts" / "job.json").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        begun = time.monotonic() - began
         assert process.wait() == 0
-    whole = time.monotonic() - began
     wanted = by_sample(tmp_path / "undisturbed.h5")
-    # nine by the clock, from the first micro-batch on, and one as soon as the merge shows on the disk
-    for number in range(10):
+    for number, (name, ready, delay) in enumerate(WHEN):
         path = tmp_path / f"{number}.h5"
-        share = number / 9 * 0.95
-        while True:
+        status, tries = 0, 0
+        while status != -signal.SIGKILL:  # one that finished before its kill does not count
+            path.unlink(missing_ok=True)
+            tries += 1
+            assert tries < 6
             began = time.monotonic()
             with start(path) as process:
-                while process.poll() is None:
-                    passed = time.monotonic() - began
-                    merging = disk(path)[2]
-                    if merging if number == 9 else passed > begun + share * (whole - begun):
-                        process.kill()
-                        break
-                    time.sleep(0.001)
-                status, passed = process.wait(), time.monotonic() - began
-            if status == -signal.SIGKILL:
-                break
-            path.unlink()  # it finished before its kill, which does not count
-            share *= 0.9
-        parts, writing, merging, there = disk(path)
+                while process.poll() is None and not ready(on_disk(path)):
+                    time.sleep(0.0005)
+                time.sleep(delay)
+                process.kill()
+                status = process.wait()
+            seconds = time.monotonic() - began
+        left = on_disk(path)
         with start(path) as process:
             _, said = process.communicate()
-            assert process.returncode == 0, said
-        print(f"{number}: killed after {passed:.2f} of {whole:.2f} s (first micro-batch at {begun:.2f} s): "  # noqa: T201
-              f"{parts} parts, writing {writing}, merging {merging}, store {there}; {said.strip()}")  # fmt: skip
+        assert process.returncode == 0, said
+        print(f"{name}: killed after {seconds:.1f} s (try {tries}), left {tuple(left)}; then {said.strip()}")  # noqa: T201
+        assert not left.store
+        assert f"({20 - 2 * left.parts} computed now, {2 * left.parts} were there)" in said
         assert by_sample(path) == wanted
         assert not path.with_name(f"{path.name}.parts").exists()
