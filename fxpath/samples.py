@@ -141,7 +141,7 @@ class Samples:
         """These samples; raises `SampleError` naming every sample with a NaN or infinite input."""
         bad: set[int] = set()
         for leaf in self.tensors:
-            if leaf.is_floating_point() or leaf.is_complex():
+            if (leaf.is_floating_point() or leaf.is_complex()) and not leaf.is_meta:
                 finite = torch.isfinite(leaf).flatten(1).all(1) if leaf.ndim > 1 else torch.isfinite(leaf)
                 if not bool(finite.all()):
                     bad.update(torch.nonzero(~finite).flatten().tolist())

@@ -596,7 +596,7 @@ def test_targets() -> None:
 @pytest.mark.parametrize(
     ("name", "response", "call", "message"),
     [
-        ("TupleOutput", Logit(), "gradients", r"found tuple of 2; pick a part of it with output=…"),
+        ("TupleOutput", Logit(), "gradients", r"found tuple of 2; pick a part of it with response="),
         ("DictOutput", Logit(), "respond", r"found dict with keys \['features', 'logits'\]"),
         ("DictOutput", Logit("logit"), "respond", r"expected an output with 'logit', found \['features', 'logits'\]"),
         ("TupleOutput", Probability(output=2), "original", r"expected an output with 2, found tuple"),
@@ -789,10 +789,21 @@ def test_outcome_takes_one_original() -> None:
 def test_responses_that_overflow_are_named() -> None:
     network = traced("Plain")
     x = image(4)
-    x[2] = float("nan")
+    x[2] = torch.finfo(x.dtype).max * x[2].sign()  # finite, but its sums are not
     with pytest.raises(SampleError, match=r"response: it is NaN or infinite for sample 's'") as caught:
         network.original(Samples(x, ids=list("pqst")))
     assert caught.value.positions == (2,)
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    network = traced("Plain")
+    x = image(4)
+    x[1], x[3] = float("nan"), float("inf")
+    samples = Samples(x, ids=list("pqst"))
+    for call in (network.original, network.gradients, network.activations):
+        with pytest.raises(SampleError, match=r"inputs: sample 'q', 't' holds NaN or infinite values") as caught:
+            call(samples)
+        assert caught.value.positions == (1, 3)
 
 
 # --- other circumstances --------------------------------------------------------------------------------------------
