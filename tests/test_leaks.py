@@ -159,8 +159,8 @@ def test_nothing_is_left_behind(granularity: str, model: Sighted, x: Tensor) -> 
                 del result
             assert (record.calls > 0) == (name not in UNSEEING), name
             assert record.alive() == 0, name
-            assert tensors() == count, name
             assert network._restriction is None, name
+        assert tensors() == count
     assert torch.equal(network(x), expected)
     assert torch.equal(model(x), expected)
     assert torch.equal(x, before)
@@ -192,7 +192,7 @@ def test_nothing_is_left_behind_when_an_activation_fails(model: Sighted, x: Tens
                         pytest.fail(f"{name} should have failed")
                 assert record.alive() == 0, (name, turn)
                 assert network._restriction is None, (name, turn)
-            assert tensors() == count, name
+        assert tensors() == count
     record.start()
     assert torch.equal(network(x), expected)
 
@@ -221,8 +221,8 @@ def test_nothing_is_left_behind_when_the_response_fails(model: Sighted, x: Tenso
                     raised = True
             assert raised == (name not in NO_RESPONSE), name
             assert record.alive() == 0, name
-            assert tensors() == count, name
             assert network._restriction is None, name
+        assert tensors() == count
 
 
 @pytest.mark.parametrize("kind", [Sighted, Guarded])

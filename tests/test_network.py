@@ -787,9 +787,12 @@ def test_outcome_takes_one_original() -> None:
 
 
 def test_responses_that_overflow_are_named() -> None:
-    network = traced("Plain")
-    x = image(4)
-    x[2] = torch.finfo(x.dtype).max * x[2].sign()  # finite, but its sums are not
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    x = torch.ones(4, 2, dtype=torch.float64)
+    network = fxpath.trace(model, x)
+    x[2] = torch.finfo(x.dtype).max  # finite, but the sum of two is not
     with pytest.raises(SampleError, match=r"response: it is NaN or infinite for sample 's'") as caught:
         network.original(Samples(x, ids=list("pqst")))
     assert caught.value.positions == (2,)
