@@ -282,12 +282,20 @@ def _reported(job: Job, computed: int, started: float) -> Report:
 def _reading(job: Job, numbers: Sequence[int]) -> Iterator[tuple[int, list[Item]]]:
     """Items of each micro-batch; the next one is read while this one is computed."""
     with ThreadPoolExecutor(1, thread_name_prefix="fxpath-read") as pool:
+        pool.submit(_alone).result()
+        torch.set_num_threads(job.threads)  # torch remembers the last number for all threads to come
         ahead: Future[list[Item]] | None = pool.submit(_read, job, numbers[0]) if numbers else None
         for place, number in enumerate(numbers):
             assert ahead is not None
             items = ahead.result()
             ahead = pool.submit(_read, job, numbers[place + 1]) if place + 1 < len(numbers) else None
             yield number, items
+
+
+def _alone() -> None:
+    """Let this thread work without OpenMP's help: with more workers than cores, they sleep at every barrier."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread that has never asked takes the number over from others when it first does
 
 
 def _plan(job: Job) -> Plan:

@@ -141,3 +141,11 @@ def grouped(value: Tensor, site: Site) -> Tensor:
     blocks = value.reshape(-1, *site.shape)
     axes = [axis + 1 for axis in range(len(site.shape)) if axis != site.axis]
     return blocks.sum(dim=axes) if axes else blocks
+
+
+def note_positive(value: Tensor, site: Site, rows: Tensor) -> None:
+    """Write a > 0 into the site's columns of `rows` `(B, N)` bool; a channel counts when any of its units does."""
+    if site.neurons == site.units:
+        torch.gt(flat(value, site), 0, out=rows[:, site.slice])
+    else:
+        rows[:, site.slice] = grouped(value > 0, site) > 0

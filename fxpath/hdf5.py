@@ -140,7 +140,8 @@ def table(parent: h5py.Group, name: str, dtype: str | None, shape: Sequence[int 
     """
     dataset: h5py.Dataset = member(parent, name, h5py.Dataset)
     with reading(parent, repr(name)):
-        found, stored, sizes = _kind(dataset), dataset.dtype, dataset.shape
+        stored, sizes = dataset.id.dtype, dataset.id.shape
+        found = _kind(dataset, stored)
         if found != dtype and (dtype or not (found == TEXT or stored.kind in "biuf")):
             refuse(dataset, dtype or "a fixed-length type", found)
         if len(sizes) != len(shape) or any(w not in (None, s) for w, s in zip(shape, sizes, strict=True)):
@@ -162,12 +163,11 @@ def table(parent: h5py.Group, name: str, dtype: str | None, shape: Sequence[int 
         return dataset
 
 
-def _kind(dataset: h5py.Dataset) -> str:
+def _kind(dataset: h5py.Dataset, dtype: np.dtype[Any]) -> str:
     """A stored type as `table` names it; types that are never read are named so that no wanted one equals them."""
     stored = dataset.id.get_type()
     if isinstance(stored, h5py.h5t.TypeStringID):
         return "variable-length text" if stored.is_variable_str() else TEXT
-    dtype = dataset.dtype
     return str(dtype.str) if dtype.kind in "biuf" and not dtype.shape else f"type {dtype}"
 
 
@@ -187,15 +187,16 @@ def read(dataset: h5py.Dataset, *wanted: slice) -> Array:
     with reading(dataset, dataset.name):
         bounds = [
             range(*(wanted[axis] if axis < len(wanted) else slice(None)).indices(size))
-            for axis, size in enumerate(dataset.shape)
+            for axis, size in enumerate(dataset.id.shape)
         ]
-        is_bool = dataset.dtype == np.bool_
-        dtype = np.dtype(np.uint8) if is_bool else dataset.dtype
+        stored, plan = dataset.id.dtype, dataset.id.get_create_plist()
+        is_bool = stored == np.bool_
+        dtype = np.dtype(np.uint8) if is_bool else stored
         out = np.empty([len(bound) for bound in bounds], dtype=dtype)
-        chunks = dataset.chunks
+        chunks = plan.get_chunk()
         expected = math.prod(chunks) * dtype.itemsize
         buffer = np.empty(expected + expected // 64 + 64, dtype=np.uint8)
-        filtered = dataset.id.get_create_plist().get_nfilters() > 0
+        filtered = plan.get_nfilters() > 0
         for corner in itertools.product(
             *(range(b.start // c * c, b.stop, c) if len(b) else b for b, c in zip(bounds, chunks, strict=True))
         ):

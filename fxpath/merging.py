@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from .errors import StoreError
@@ -21,6 +22,7 @@ from .schema import (
     names_below,
     open_file,
     pathway_attributes,
+    pathway_group,
     pathway_names,
     pathway_table,
     read_header,
@@ -63,7 +65,7 @@ def merge_stores(
         for survey in surveys:
             with open_file(survey.path) as source:
                 for name, writer in writers.items():
-                    writer.append(source[name])
+                    writer.append(h5py.Dataset(h5py.h5d.open(source.id, name.encode())))
             done += survey.samples
             if progress is not None:
                 progress(done, total)
@@ -97,14 +99,15 @@ def _survey(path: Path, seen: dict[str, Path]) -> _Survey:
             seen[name] = path
         pathways = {}
         for key in names_below(file, "pathways"):
-            selector, parameters, sparsity = pathway_attributes(file, key)
+            group = pathway_group(file, key)
+            selector, parameters, sparsity = pathway_attributes(group)
             pathways[key] = StoredPathway(selector, json.dumps(parameters, sort_keys=True), sparsity)
-            for name in pathway_names(file, key, header.index):
-                tables[f"pathways/{key}/{name}"] = pathway_table(file, key, name, header.index, count)
+            for name in pathway_names(group, header.index):
+                tables[f"pathways/{key}/{name}"] = pathway_table(group, name, header.index, count)
         for family in names_below(file, "scores"):
             found = score_tables(file, family, header.index, count)
             tables |= {f"scores/{family}/{name}": table for name, table in found.items()}
-        kinds = {name: (table.dtype, table.shape[1:]) for name, table in tables.items()}
+        kinds = {name: (table.id.dtype, table.id.shape[1:]) for name, table in tables.items()}
         return _Survey(path, header, pathways, kinds, count)
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 
 from .answers import Original, Outcome, Pass
 from .errors import InputError, ModelError, RestrictionError, SampleError, SiteError, SmoothSitesWarning
-from .gates import Gates, Restriction, flat, grouped
+from .gates import Gates, Restriction, flat, grouped, note_positive
 from .measuring import measured
 from .neurons import Granularity, Site
-from .pathways import Pathways
+from .pathways import Pathways, count_by_site
 from .responses import Response, checked_response, logit, resolve_target, respond
 from .rewriting import SiteSpec, choose_sites, insert_gates, site_edges
 from .samples import Samples, type_of_target
@@ -320,11 +320,7 @@ class Network:
         active = torch.empty((samples.batch, self.index.size), dtype=torch.bool, device=self.device)
 
         def note(number: int, value: Tensor) -> None:
-            site = self.index.sites[number]
-            if site.neurons == site.units:
-                torch.gt(flat(value, site), 0, out=active[:, site.slice])
-            else:
-                active[:, site.slice] = grouped(value > 0, site) > 0
+            note_positive(value, self.index.sites[number], active)
 
         with torch.no_grad():
             output = self._run(samples, Gates(self.index, watch=note))
@@ -358,14 +354,13 @@ class Network:
             raise InputError(f"outcome: the original is of {original.response.shape[0]} samples, found {samples.batch}")
         samples = Samples(samples.inputs, original.target, samples.ids)
         dead = pathways.mask & ~original.active
-        suspects = {n for n, site in enumerate(self.sites) if bool(dead[:, site.slice].any())}
-        live = torch.zeros((samples.batch, len(self.index)), dtype=torch.int64, device=self.device)
+        live = count_by_site(dead, self.index)
+        suspects = set(torch.nonzero(live.any(dim=0)).flatten().tolist())
+        on = torch.zeros_like(dead) if suspects else dead
 
         def note(number: int, value: Tensor) -> None:
             if number in suspects:
-                site = self.index.sites[number]
-                on = grouped(value > 0, site) if site.neurons != site.units else flat(value > 0, site)
-                live[:, number] = (on.to(torch.bool) & dead[:, site.slice]).sum(dim=1)
+                note_positive(value, self.index.sites[number], on)
 
         with torch.no_grad():
             with self.masked(pathways):
@@ -373,6 +368,8 @@ class Network:
                 value = respond(self.response, output, original.target, samples.batch)
             with self.masked(~pathways):
                 dropped = self.respond(samples)
+        if suspects:
+            live = count_by_site(on & dead, self.index)
         logits = self.response.logits(output)
         probability = same = None
         if logits is not None and original.target is not None and original.prediction is not None:

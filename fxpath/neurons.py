@@ -236,9 +236,9 @@ def select_largest(
 ) -> npt.NDArray[np.bool_]:
     """Masks `(len(counts), N)` of the `counts[i]` largest of non-negative `values` `(N,)`.
 
-     Ties at the threshold go to the smaller index; a value of 0 is never taken, so a mask may be smaller than asked
-    . With `weights` a neuron counts as many units as it stands for and is taken
-     whole, largest first, until the next one no longer fits.
+    Ties at the threshold go to the smaller index; a value of 0 is never taken, so a mask may be smaller than asked.
+    With `weights` a neuron counts as many units as it stands for and is taken whole, largest first, until the next
+    one no longer fits.
     """
     masks: npt.NDArray[np.bool_] = np.zeros((len(counts), values.size), dtype=np.bool_)
     if weights is not None and values.size and int(weights.max()) > 1:
@@ -248,10 +248,12 @@ def select_largest(
             mask[order[: int(np.searchsorted(spent, count, side="right"))]] = True
             mask[values <= 0] = False
         return masks
+    partial = [count for count in counts if 0 < count < values.size]
+    top = _candidates(values, max(partial)) if len(partial) > 1 else values
     for mask, count in zip(masks, counts, strict=True):
         if count <= 0:
             continue
-        threshold = nth_largest(values, count) if count < values.size else values.dtype.type(0)
+        threshold = nth_largest(top, count) if count < values.size else values.dtype.type(0)
         if threshold <= 0:
             np.greater(values, 0, out=mask)
             continue
@@ -266,6 +268,21 @@ def select_largest(
 _SAMPLE = 16_384
 
 
+def _bracket(values: npt.NDArray[np.floating[Any]], count: int) -> tuple[Any, Any]:
+    """Two values that should have the `count`-th largest between them, by a strided sample."""
+    sample = np.sort(values[:: values.size // _SAMPLE])
+    place, margin = sample.size * (1 - count / values.size), 5 * np.sqrt(sample.size) / 2
+    return sample[max(int(place - margin), 0)], sample[min(int(place + margin), sample.size - 1)]
+
+
+def _candidates(values: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArray[np.floating[Any]]:
+    """Some of `values` that hold the `count` largest; all of them where a sample does not tell them apart."""
+    if values.size <= 8 * _SAMPLE:
+        return values
+    found = np.compress(values >= _bracket(values, count)[0], values)
+    return found if found.size >= count else values
+
+
 def nth_largest(values: npt.NDArray[np.floating[Any]], count: int) -> np.floating[Any]:
     """The `count`-th largest of `values` `(N,)`, exact.
 
@@ -273,13 +290,10 @@ def nth_largest(values: npt.NDArray[np.floating[Any]], count: int) -> np.floatin
     turns out not to hold it (values in a regular pattern), all are.
     """
     if values.size > 8 * _SAMPLE:
-        sample = np.sort(values[:: values.size // _SAMPLE])
-        place, margin = sample.size * (1 - count / values.size), 5 * np.sqrt(sample.size) / 2
-        low = sample[max(int(place - margin), 0)]
-        high = sample[min(int(place + margin), sample.size - 1)]
+        low, high = _bracket(values, count)
         above = int(np.count_nonzero(values > high))
         if above < count:
-            inside = values[(values >= low) & (values <= high)]
+            inside = np.compress((values >= low) & (values <= high), values)
             if count <= above + inside.size:
                 return np.partition(inside, inside.size - (count - above))[inside.size - (count - above)]  # type: ignore[no-any-return]
     return np.partition(values, values.size - count)[values.size - count]  # type: ignore[no-any-return]

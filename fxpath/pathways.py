@@ -79,10 +79,10 @@ class Scores:
         masks = np.empty((len(counts), *self.signed.shape), dtype=np.bool_)
         signed = self.signed.detach().cpu()
         # NumPy has no bfloat16 and is slow with float16; float32 holds both as they are
-        values = (signed.float() if signed.element_size() < 4 else signed).abs().numpy()
+        values = (signed.float() if signed.element_size() < 4 else signed).numpy()
 
         def select(row: int) -> None:
-            masks[:, row] = select_largest(values[row], counts, weights)
+            masks[:, row] = select_largest(np.abs(values[row]), counts, weights)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy leaves Python's lock while it works
             list(pool.map(select, range(len(values))))
@@ -215,6 +215,13 @@ def pack_bits(mask: Tensor, index: NeuronIndex) -> Tensor:
             padded[:, site.byte * 8 : site.byte * 8 + site.neurons] = mask[:, site.slice]
         mask = padded
     return gather_bits(mask)
+
+
+def count_by_site(mask: Tensor, index: NeuronIndex) -> Tensor:
+    """Neurons that are True at each site: `(B, N)` bool → `(B, sites)` int64."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(index.count_by_site(index.pack(mask.detach().numpy())))
+    return torch.stack([mask[:, site.slice].sum(dim=1) for site in index.sites], dim=1)
 
 
 def gather_bits(mask: Tensor) -> Tensor:

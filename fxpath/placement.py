@@ -15,6 +15,8 @@ from .samples import Samples
 
 SIZES = (8, 4, 2, 1)  # micro-batches that are tried where none is asked for; in one of 1 there is a single place
 
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size; comparing bytes takes longer
+
 
 class PlacementWarning(UserWarning):
     """The micro-batch that was asked for lets a sample's place in it change last bits."""
@@ -48,8 +50,8 @@ def tried(network: Network, sample: Samples, size: int) -> Trial:
 
 def _rows_equal(tensors: Iterable[Tensor], size: int) -> bool:
     rows = [tensor.contiguous().reshape(size, -1) for tensor in tensors if tensor.shape[:1] == (size,)]
-    bits = [row.view(torch.uint8) for row in rows if row.numel()]  # so that NaN equals itself
-    return all(torch.equal(row, row[:1].expand_as(row)) for row in bits)
+    bits = [row.view(_WHOLE.get(row.element_size(), torch.uint8)) for row in rows]  # so that NaN equals itself
+    return all(torch.equal(row[0], other) for row in bits for other in row[1:])
 
 
 def settled(network: Network, sample: Samples, asked: int | None) -> tuple[int, Trial]:

@@ -321,11 +321,16 @@ def names_below(file: h5py.File, group: str) -> tuple[str, ...]:
         return names
 
 
-def pathway_names(file: h5py.File, key: str, index: NeuronIndex) -> tuple[str, ...]:
+def pathway_group(file: h5py.File, key: str) -> h5py.Group:
+    """The group of one pathway."""
+    found: h5py.Group = member(member(file, "pathways", h5py.Group), key, h5py.Group)
+    return found
+
+
+def pathway_names(group: h5py.Group, index: NeuronIndex) -> tuple[str, ...]:
     """The columns that one pathway has, "mask" first, diagnostics as "diagnostics/<name>"; none is looked into."""
-    group = member(member(file, "pathways", h5py.Group), key, h5py.Group)
     known = pathway_columns(index)
-    with reading(file, f"/pathways/{key}"):
+    with reading(group, group.name):
         names: list[str] = []
         for name in dict.fromkeys(("mask", *group)):
             if name == "diagnostics":
@@ -333,13 +338,12 @@ def pathway_names(file: h5py.File, key: str, index: NeuronIndex) -> tuple[str, .
             elif name in known:
                 names.append(name)
             else:
-                raise StoreError(f"{name_of(file)}: {group.name}: {unknown('column', name, known)}")
+                raise StoreError(f"{name_of(group)}: {group.name}: {unknown('column', name, known)}")
         return tuple(names)
 
 
-def pathway_table(file: h5py.File, key: str, name: str, index: NeuronIndex, count: int) -> h5py.Dataset:
+def pathway_table(group: h5py.Group, name: str, index: NeuronIndex, count: int) -> h5py.Dataset:
     """The table of one column of a pathway, checked."""
-    group = member(member(file, "pathways", h5py.Group), key, h5py.Group)
     below, _, inner = name.rpartition("/")
     if below:
         group = member(group, below, h5py.Group)
@@ -359,19 +363,18 @@ def score_tables(file: h5py.File, family: str, index: NeuronIndex, count: int) -
     return {"signed": signed, "scale": table(group, "scale", "<f4", (count,))}
 
 
-def pathway_attributes(file: h5py.File, key: str) -> tuple[str, dict[str, Any], float | None]:
+def pathway_attributes(group: h5py.Group) -> tuple[str, dict[str, Any], float | None]:
     """Selector, whole parameter set and sparsity of one pathway."""
-    group = member(member(file, "pathways", h5py.Group), key, h5py.Group)
-    parsed = parse_key(key)
+    parsed = parse_key(group.name.rpartition("/")[2])
     selector, sparsity = attribute(group, "selector", str), attribute(group, "sparsity", float)
-    with reading(file, f"attribute 'parameters' of {group.name}"):
+    with reading(group, f"attribute 'parameters' of {group.name}"):
         parameters = json.loads(attribute(group, "parameters", str))
         if not isinstance(parameters, dict):
             raise ValueError(f"expected a JSON object, found {str(parameters)[:80]}")
     share = None if math.isnan(sparsity) else sparsity
     if (selector, share) != (parsed.selector, parsed.sparsity):
         raise StoreError(
-            f"{name_of(file)}: {group.name}: expected selector {parsed.selector!r} and sparsity {parsed.sparsity}, "
+            f"{name_of(group)}: {group.name}: expected selector {parsed.selector!r} and sparsity {parsed.sparsity}, "
             f"found {selector!r} and {share}; the file is damaged: compute it again"
         )
     return selector, parameters, share

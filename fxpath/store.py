@@ -28,6 +28,7 @@ from .schema import (
     names_below,
     open_file,
     pathway_attributes,
+    pathway_group,
     pathway_names,
     pathway_table,
     read_header,
@@ -203,7 +204,7 @@ class Store:
     def columns(self, key: str) -> tuple[str, ...]:
         """The names that `column` takes for this pathway."""
         if self._known(key) not in self._columns:
-            self._columns[key] = pathway_names(self._opened(), key, self.index)
+            self._columns[key] = pathway_names(pathway_group(self._opened(), key), self.index)
         return self._columns[key]
 
     def outcomes(self, key: str) -> pd.DataFrame:
@@ -217,15 +218,15 @@ class Store:
 
     def parameters(self, key: str) -> dict[str, Any]:
         """The whole parameter set of a pathway's selector."""
-        return pathway_attributes(self._opened(), self._known(key))[1]
+        return pathway_attributes(pathway_group(self._opened(), self._known(key)))[1]
 
     def sparsity(self, key: str) -> float | None:
         """The sparsity of a pathway, None where it has none."""
-        return pathway_attributes(self._opened(), self._known(key))[2]
+        return pathway_attributes(pathway_group(self._opened(), self._known(key)))[2]
 
     def selector(self, key: str) -> str:
         """The selector of a pathway."""
-        return pathway_attributes(self._opened(), self._known(key))[0]
+        return pathway_attributes(pathway_group(self._opened(), self._known(key)))[0]
 
     def blocks(self, nbytes: int = 64 * 2**20) -> Iterator[slice]:
         """Slices that cover all samples, each with at most `nbytes` of packed masks (but at least one sample)."""
@@ -275,7 +276,7 @@ class Store:
     def _table(self, key: str, name: str) -> h5py.Dataset:
         if (self._known(key), name) not in self._pathways:
             with reading(self._opened(), f"/pathways/{key}"):
-                self._pathways[key, name] = pathway_table(self._file, key, name, self.index, self._count)
+                self._pathways[key, name] = pathway_table(pathway_group(self._file, key), name, self.index, self._count)
         return self._pathways[key, name]
 
     def _slice(self, rows: slice | None) -> slice:

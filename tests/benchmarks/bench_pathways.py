@@ -48,18 +48,18 @@ def test_threshold_and_pack(ratio: Callable[..., float]) -> None:
 
 
 def test_compute_end_to_end(ratio: Callable[..., float], tmp_path: Path) -> None:
-    """`compute` on 12 photos, four selectors, three sparsities ÷ the sum of all the model passes that it makes.
+    """`compute` on 20 photos, four selectors, three sparsities ÷ the sum of all the model passes that it makes.
 
     These are, a micro-batch: the original network (twice: Active looks for itself), forward and backward of NeuronMCT,
     the activations of Magnitude, and two masked networks a pathway (kept and dropped); and once a job the forward and
     backward that try whether places in the micro-batch are alike.
     """
     loaded = load_model("zoo:squeezenet1_1")
-    photos = load_images("foolbox:imagenet", loaded.preprocess, classes=loaded.classes, limit=12)
+    photos = load_images("foolbox:imagenet", loaded.preprocess, classes=loaded.classes, limit=20)
     network = fxpath.trace(loaded.model, loaded.example(2))
     recipe = Recipe(tuple(parse(name) for name in SELECTORS), SPARSITIES, micro_batch=4)
     prepared = []
-    for first in range(0, 12, 4):
+    for first in range(0, 20, 4):
         samples = collate([_item(photos, row) for row in range(first, first + 4)], network)
         found = [selector.select(network, samples, SPARSITIES) for selector in recipe.selectors]
         pathways = [each for selection in found for each in selection.pathways.values()]
