@@ -27,7 +27,8 @@ class Original:
     """What the unrestricted network says of samples.
 
     response, probability, prediction, target `(B,)`; `active` `(B, N)` bool: a > 0 (a channel counts when any of its
-    units does). probability, prediction and target are None for responses without classes.
+    units does); `packed` `(B, nbytes)`: the bits of it. probability, prediction and target are None for responses
+    without classes.
     """
 
     response: Tensor
@@ -35,6 +36,7 @@ class Original:
     prediction: Tensor | None
     target: Tensor | None
     active: Tensor
+    packed: Tensor
     logits: Tensor | None = None
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,9 @@ class _Writer:
         self.waiting.put((name, rows))
 
     def _work(self) -> None:
+        if sys.platform == "linux":  # where each thread has a priority: this one takes the time that is left over
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while (item := self.waiting.get()) is not None:
             if self.failure is None:
                 try:

@@ -24,6 +24,7 @@ _Value = TypeVar("_Value", str, int, float)
 
 _LARGEST_CHUNK = 64 * 2**20  # bytes
 _DEFLATE = 1032  # no deflate stream expands further
+_SMALL = 2**20  # bytes that any memory has; a table of this size needs no look at the file's
 
 
 @contextmanager
@@ -157,9 +158,10 @@ def table(parent: h5py.Group, name: str, dtype: str | None, shape: Sequence[int 
         if chunk > _LARGEST_CHUNK:
             refuse(dataset, f"chunks of at most {_LARGEST_CHUNK} bytes", f"{chunk}")
         size = math.prod(sizes) * stored.itemsize
-        bound = _DEFLATE * h5py.h5i.get_file_id(dataset.id).get_filesize()
-        if size > bound:
-            refuse(dataset, f"at most {bound} bytes, which is all that a file of this size can hold", f"{size}")
+        if size > _SMALL:
+            bound = _DEFLATE * h5py.h5i.get_file_id(dataset.id).get_filesize()
+            if size > bound:
+                refuse(dataset, f"at most {bound} bytes, which is all that a file of this size can hold", f"{size}")
         return dataset
 
 

@@ -273,7 +273,7 @@ class _Filling:
         self.columns["probability"][rows] = _host(original.probability, count)
         self.columns["target"][rows] = _host(original.target, count, -1)
         self.columns["prediction"][rows] = _host(original.prediction, count, -1)
-        self.active[rows] = Pathways(original.active[:count], self.network.index).packed().cpu().numpy()
+        self.active[rows] = original.packed[:count].cpu().numpy()
         if original.logits is not None:
             labels = [self.items[position].label for position in good]
             for row, label, logits in zip(rows, labels, original.logits[:count], strict=True):
@@ -291,7 +291,7 @@ class _Filling:
     ) -> None:
         rows, count = list(good), len(good)
         outcome = self.network.outcome(samples, pathways, original=original)
-        packed = Pathways(pathways.mask[:count], pathways.index).packed().cpu().numpy()
+        packed = pathways.packed()[:count].cpu().numpy()
         index = self.network.index
         kept = index.count_by_site(packed)
         columns["mask"][rows] = packed

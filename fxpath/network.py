@@ -12,15 +12,16 @@ from functools import cached_property, reduce
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from .answers import Original, Outcome, Pass
 from .errors import InputError, ModelError, RestrictionError, SampleError, SiteError, SmoothSitesWarning
-from .gates import Gates, Restriction, flat, grouped, note_positive
+from .gates import Gates, Restriction, flat, grouped, note_positive, unfilled
 from .measuring import measured
 from .neurons import Granularity, Site
-from .pathways import Pathways, count_by_site
+from .pathways import Pathways, pack_bits
 from .responses import Response, checked_response, logit, resolve_target, respond
 from .rewriting import SiteSpec, choose_sites, insert_gates, site_edges
 from .samples import Samples, type_of_target
@@ -242,7 +243,7 @@ class Network:
         run = self.gradients(x, target)
         batch = run.response.shape[0]
         kind = reduce(torch.promote_types, (value.dtype for value in run.activations))  # autocast mixes them
-        products = torch.empty((batch, self.index.size), dtype=kind, device=run.activations[0].device)
+        products = unfilled((batch, self.index.size), kind, run.activations[0].device)
         for site, value, slope in zip(self.sites, run.activations, run.gradients, strict=True):
             if site.neurons == site.units:
                 torch.mul(flat(value, site), flat(slope, site), out=products[:, site.slice])
@@ -332,7 +333,7 @@ class Network:
         if logits is not None and resolved is not None:
             probability = logits.softmax(dim=1).gather(1, resolved.unsqueeze(1)).squeeze(1)
             prediction = logits.argmax(dim=1)
-        return Original(value, probability, prediction, resolved, active, logits)
+        return Original(value, probability, prediction, resolved, active, pack_bits(active, self.index), logits)
 
     def outcome(
         self, x: Any, pathways: Pathways, *, target: type_of_target = None, original: Original | None = None
@@ -353,10 +354,10 @@ class Network:
         if original.response.shape != (samples.batch,):
             raise InputError(f"outcome: the original is of {original.response.shape[0]} samples, found {samples.batch}")
         samples = Samples(samples.inputs, original.target, samples.ids)
-        dead = pathways.mask & ~original.active
-        live = count_by_site(dead, self.index)
-        suspects = set(torch.nonzero(live.any(dim=0)).flatten().tolist())
-        on = torch.zeros_like(dead) if suspects else dead
+        dead = pathways.packed() & ~original.packed
+        live = self.index.count_by_site(dead.cpu().numpy())
+        suspects = set(np.flatnonzero(live.any(axis=0)).tolist())
+        on = torch.empty_like(original.active) if suspects else original.active
 
         def note(number: int, value: Tensor) -> None:
             if number in suspects:
@@ -366,16 +367,17 @@ class Network:
             with self.masked(pathways):
                 output = self._run(samples, Gates(self.index, self._restriction, watch=note if suspects else None))
                 value = respond(self.response, output, original.target, samples.batch)
-            with self.masked(~pathways):
+            rest = Restriction(pathways.gates(), [None] * len(self.index), inverted=True)
+            with self.restricted(rest):
                 dropped = self.respond(samples)
         if suspects:
-            live = count_by_site(on & dead, self.index)
+            live = self.index.count_by_site((pack_bits(on, self.index) & dead).cpu().numpy())
         logits = self.response.logits(output)
         probability = same = None
         if logits is not None and original.target is not None and original.prediction is not None:
             probability = logits.softmax(dim=1).gather(1, original.target.unsqueeze(1)).squeeze(1)
             same = torch.eq(logits.argmax(dim=1), original.prediction)
-        return Outcome(value, probability, same, dropped, live)
+        return Outcome(value, probability, same, dropped, torch.from_numpy(live).to(self.device))
 
     # --- sub-graphs ---
 

@@ -232,19 +232,24 @@ class NeuronIndex:
 
 
 def select_largest(
-    values: npt.NDArray[np.floating[Any]], counts: Sequence[int], weights: npt.NDArray[np.int64] | None = None
+    values: npt.NDArray[np.floating[Any]],
+    counts: Sequence[int],
+    weights: npt.NDArray[np.int64] | None = None,
+    *,
+    out: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Masks `(len(counts), N)` of the `counts[i]` largest of non-negative `values` `(N,)`.
+    """Masks `(len(counts), N)` of the `counts[i]` largest of non-negative `values` `(N,)`, written to `out` if given.
 
     Ties at the threshold go to the smaller index; a value of 0 is never taken, so a mask may be smaller than asked.
     With `weights` a neuron counts as many units as it stands for and is taken whole, largest first, until the next
     one no longer fits.
     """
-    masks: npt.NDArray[np.bool_] = np.zeros((len(counts), values.size), dtype=np.bool_)
+    masks: npt.NDArray[np.bool_] = np.empty((len(counts), values.size), dtype=np.bool_) if out is None else out
     if weights is not None and values.size and int(weights.max()) > 1:
         order = np.argsort(-values, kind="stable")
         spent = np.cumsum(weights[order])
         for mask, count in zip(masks, counts, strict=True):
+            mask[:] = False
             mask[order[: int(np.searchsorted(spent, count, side="right"))]] = True
             mask[values <= 0] = False
         return masks
@@ -252,6 +257,7 @@ def select_largest(
     top = _candidates(values, max(partial)) if len(partial) > 1 else values
     for mask, count in zip(masks, counts, strict=True):
         if count <= 0:
+            mask[:] = False
             continue
         threshold = nth_largest(top, count) if count < values.size else values.dtype.type(0)
         if threshold <= 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,11 +81,12 @@ class Scores:
         # NumPy has no bfloat16 and is slow with float16; float32 holds both as they are
         values = (signed.float() if signed.element_size() < 4 else signed).numpy()
 
-        def select(row: int) -> None:
-            masks[:, row] = select_largest(np.abs(values[row]), counts, weights)
+        def select(rows: range) -> None:
+            sizes = np.empty_like(values[0])  # for all rows: the system is slow to hand out fresh memory
+            for row in rows:
+                select_largest(np.abs(values[row], out=sizes), counts, weights, out=masks[:, row])
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy leaves Python's lock while it works
-            list(pool.map(select, range(len(values))))
+        by_thread(select, len(values))
         return torch.from_numpy(masks).to(self.signed.device)
 
     def _threshold_on_device(self, counts: Sequence[int]) -> Tensor:
@@ -167,6 +168,10 @@ class Pathways:
 
     def packed(self) -> Tensor:
         """Bits, `(B, nbytes)` uint8 on the mask's device: little-endian, each site from a byte on."""
+        return self._packed
+
+    @cached_property
+    def _packed(self) -> Tensor:
         return pack_bits(self.mask, self.index)
 
     @classmethod
@@ -205,6 +210,13 @@ class Pathways:
         return both.to(torch.float64) / either.to(torch.float64)
 
 
+def by_thread(work: Callable[[range], None], count: int) -> None:
+    """Call `work` with the numbers 0 … count − 1, dealt to as many threads as torch has; NumPy lets them run."""
+    threads = min(torch.get_num_threads(), count)
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        list(pool.map(work, [range(first, count, threads) for first in range(threads)]))
+
+
 def pack_bits(mask: Tensor, index: NeuronIndex) -> Tensor:
     """Boolean rows `(B, N)` → packed rows `(B, nbytes)` uint8, on the device of the mask."""
     if mask.device.type == "cpu":
@@ -215,13 +227,6 @@ def pack_bits(mask: Tensor, index: NeuronIndex) -> Tensor:
             padded[:, site.byte * 8 : site.byte * 8 + site.neurons] = mask[:, site.slice]
         mask = padded
     return gather_bits(mask)
-
-
-def count_by_site(mask: Tensor, index: NeuronIndex) -> Tensor:
-    """Neurons that are True at each site: `(B, N)` bool → `(B, sites)` int64."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(index.count_by_site(index.pack(mask.detach().numpy())))
-    return torch.stack([mask[:, site.slice].sum(dim=1) for site in index.sites], dim=1)
 
 
 def gather_bits(mask: Tensor) -> Tensor:

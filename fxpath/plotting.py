@@ -132,7 +132,8 @@ def overlap_matrix_figure(tables: Tables, sparsity: float | str) -> Figure:
         said = f"{name}, " if name else ""
         said += f"κ = {float(sparsity):g}"
         if len(others):
-            said += f"\nchance {_range(others['chance'])}; RandomActive {_range(others['null_mean'])}"
+            said += "\n" if len(others) == len(table) else "\nwithout Active: "
+            said += f"chance {_range(others['chance'])}; RandomActive {_range(others['null_mean'])}"
         dress(ax, said)
     bar = figure.colorbar(image, ax=list(axes), shrink=0.6, aspect=25, panchor=False)
     bar.set_label("mean Jaccard index over samples", fontsize=TEXT)
@@ -169,7 +170,9 @@ def overlap_by_site_figure(
         line(look, label, number / len(chosen))
         for number, (label, look) in enumerate(zip(labels, colours, strict=True))
     ]
-    null = Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="RandomActive null")
+    null = Line2D(
+        [], [], color=GREY, linestyle="--", linewidth=0.8, label="dashed, in their colours: the RandomActive null"
+    )
     legend(figure, [*lines, null], 2)
     return figure
 
@@ -317,7 +320,7 @@ def _over_sites(
     figure, axes = stacked(len(parts), [pathway_label(key) for key in keys], 3)
     top = max(float(np.nanmax([*part[column], *part[reference], 0.02])) for part in parts.values())
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
-        ax.plot(*_reference(part, reference), color="black", linestyle="--", linewidth=1)
+        ax.plot(*_reference(part, reference), color="black", linestyle="--", linewidth=1, zorder=5)
         for number, key in enumerate(keys):
             rows = part[part["key"] == key].sort_values("site_number")
             ax.add_line(line(colours[key], "", number / len(keys), rows["site_number"], rows[column]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +11,11 @@ from typing import Any
 
 from .errors import StoreError
 from .store import Store, open_store
+
+try:
+    import fcntl
+except ImportError:  # only POSIX has it; elsewhere nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
 
 _RECORD = "job.json"
 
@@ -55,12 +59,13 @@ def held(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = os.open(folder, os.O_RDONLY)
+        number = None if fcntl is None else os.open(folder, os.O_RDONLY)
     except (OSError, ValueError) as error:
         raise _unwritable(folder, error) from error
     try:
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if number is not None:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(
                 f"compute: another process is at work in {folder}; wait for it, or choose another output file"
@@ -72,7 +77,8 @@ def held(folder: Path) -> Iterator[None]:
         finally:
             remove_empty(folder)
     finally:
-        os.close(number)
+        if number is not None:
+            os.close(number)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

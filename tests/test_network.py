@@ -781,7 +781,7 @@ def test_outcome_takes_one_original() -> None:
     original = network.original(x)
     with pytest.raises(InputError, match="expected a target or an original, which has its own, found both"):
         network.outcome(x, pathways, target=1, original=original)
-    short = Original(original.response[:2], None, None, original.target[:2], original.active[:2])  # type: ignore[index]
+    short = Original(original.response[:2], None, None, original.target[:2], original.active[:2], original.packed[:2])  # type: ignore[index]
     with pytest.raises(InputError, match="the original is of 2 samples, found 3"):
         network.outcome(x, pathways, original=short)
 

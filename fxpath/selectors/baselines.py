@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +13,7 @@ import torch
 
 from ..keys import checked_sparsities, exact_sparsity
 from ..neurons import NeuronIndex, select_largest
-from ..pathways import Pathways, Scores, Selection
+from ..pathways import Pathways, Scores, Selection, by_thread
 from ..samples import Samples, type_of_id, type_of_target
 from .contribution import ByScore
 from .registry import register
@@ -71,9 +70,14 @@ class Random:
     def select(self, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
         sparsities = checked_sparsities(sparsities)
         named = Samples.of(samples)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy leaves Python's lock while it works
-            drawn = pool.map(lambda name: self.masks(network.index, name, sparsities), named.names)
-            masks = np.stack(list(drawn), axis=1)
+        masks = np.empty((len(sparsities), len(named.names), network.index.size), dtype=np.bool_)
+
+        def draw(rows: range) -> None:
+            draws = np.empty(network.index.size, dtype=np.float32)
+            for row in rows:
+                self._draw(network.index, named.names[row], sparsities, draws, masks[:, row])
+
+        by_thread(draw, len(named.names))
         on_device = torch.from_numpy(masks).to(named.device)
         return Selection({s: Pathways(m, network.index) for s, m in zip(sparsities, on_device, strict=True)})
 
@@ -81,13 +85,24 @@ class Random:
         self, index: NeuronIndex, name: type_of_id, sparsities: Sequence[float]
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Masks of one sample, `(len(sparsities), N)`."""
-        # in (0, 1]: every neuron can be taken
-        draws = np.float32(1) - generator_of(self.seed, name).random(index.size, dtype=np.float32)
+        masks = np.empty((len(sparsities), index.size), dtype=np.bool_)
+        self._draw(index, name, sparsities, np.empty(index.size, dtype=np.float32), masks)
+        return masks
+
+    def _draw(
+        self,
+        index: NeuronIndex,
+        name: type_of_id,
+        sparsities: Sequence[float],
+        draws: np.ndarray[Any, np.dtype[np.float32]],
+        masks: np.ndarray[Any, np.dtype[np.bool_]],
+    ) -> None:
+        generator_of(self.seed, name).random(dtype=np.float32, out=draws)
+        np.subtract(np.float32(1), draws, out=draws)  # in (0, 1]: every neuron can be taken
         if not self.per_layer:
             weights = index.weights if index.granularity == "channel" else None
-            return select_largest(draws, [index.kept(s) for s in sparsities], weights)
-        masks = np.zeros((len(sparsities), index.size), dtype=np.bool_)
+            select_largest(draws, [index.kept(s) for s in sparsities], weights, out=masks)
+            return
         for site in index.sites:
             counts = [int((1 - Fraction(exact_sparsity(sparsity))) * site.neurons) for sparsity in sparsities]
-            masks[:, site.slice] = select_largest(draws[site.slice], counts)
-        return masks
+            select_largest(draws[site.slice], counts, out=masks[:, site.slice])

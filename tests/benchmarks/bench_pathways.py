@@ -13,8 +13,9 @@ import torch
 
 import fxpath
 from fxpath.images import load_images
-from fxpath.microbatch import Item, Recipe, collate, read_item
+from fxpath.microbatch import collate, read_item
 from fxpath.neurons import NeuronIndex
+from fxpath.placement import SIZES
 from fxpath.schema import Header, PathwayRows, Rows
 from fxpath.selectors import parse
 from fxpath.store import open_store, write_store
@@ -47,21 +48,37 @@ def test_threshold_and_pack(ratio: Callable[..., float]) -> None:
     ratio(ours, lambda: torch.sort(values), rounds=5, what="torch.sort")
 
 
+class Mirrored:
+    """Photos, then their mirror images."""
+
+    def __init__(self, photos: Any) -> None:
+        self.photos = photos
+        self.ids = [*photos.ids, *(f"{name}, mirrored" for name in photos.ids)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        photo, label = self.photos[row % len(self.photos)]
+        return (photo if row < len(self.photos) else photo.flip(-1)), label
+
+
 def test_compute_end_to_end(ratio: Callable[..., float], tmp_path: Path) -> None:
-    """`compute` on 20 photos, four selectors, three sparsities ÷ the sum of all the model passes that it makes.
+    """`compute` on 40 photos, four selectors, three sparsities ÷ the sum of all the model passes that it makes.
 
     These are, a micro-batch: the original network (twice: Active looks for itself), forward and backward of NeuronMCT,
     the activations of Magnitude, and two masked networks a pathway (kept and dropped); and once a job the forward and
     backward that try whether places in the micro-batch are alike.
     """
+    size = SIZES[0]
     loaded = load_model("zoo:squeezenet1_1")
-    photos = load_images("foolbox:imagenet", loaded.preprocess, classes=loaded.classes, limit=20)
+    photos = Mirrored(load_images("foolbox:imagenet", loaded.preprocess, classes=loaded.classes))
     network = fxpath.trace(loaded.model, loaded.example(2))
-    recipe = Recipe(tuple(parse(name) for name in SELECTORS), SPARSITIES, micro_batch=4)
+    selectors = [parse(name) for name in SELECTORS]
     prepared = []
-    for first in range(0, 20, 4):
-        samples = collate([_item(photos, row) for row in range(first, first + 4)], network)
-        found = [selector.select(network, samples, SPARSITIES) for selector in recipe.selectors]
+    for first in range(0, len(photos), size):
+        samples = collate([read_item(photos, row, str(row)) for row in range(first, first + size)], network)
+        found = [selector.select(network, samples, SPARSITIES) for selector in selectors]
         pathways = [each for selection in found for each in selection.pathways.values()]
         prepared.append((samples, [*pathways, *(~each for each in pathways)]))
     runs = 0
@@ -69,10 +86,10 @@ def test_compute_end_to_end(ratio: Callable[..., float], tmp_path: Path) -> None
     def ours() -> None:
         nonlocal runs
         runs += 1
-        fxpath.compute(
-            network, photos, tmp_path / f"run{runs}.h5", selectors=SELECTORS, sparsities=SPARSITIES, micro_batch=4,
-            progress=False,
-        )  # fmt: skip
+        path = tmp_path / f"run{runs}.h5"
+        fxpath.compute(network, photos, path, selectors=SELECTORS, sparsities=SPARSITIES, progress=False)
+        with fxpath.open_store(path) as store:
+            assert store.header.micro_batch == size
 
     def passes() -> None:
         network.gradients(prepared[0][0])
@@ -85,11 +102,7 @@ def test_compute_end_to_end(ratio: Callable[..., float], tmp_path: Path) -> None
                     with network.masked(each):
                         network(samples)
 
-    ratio(ours, passes, rounds=5, what="the sum of its model passes")
-
-
-def _item(photos: Any, row: int) -> Item:
-    return read_item(photos, row, str(row))
+    ratio(ours, passes, rounds=3, what="the sum of its model passes")
 
 
 def test_open_and_read_one_site(benchmark: Any, tmp_path: Path) -> None:
