@@ -168,10 +168,6 @@ class Pathways:
 
     def packed(self) -> Tensor:
         """Bits, `(B, nbytes)` uint8 on the mask's device: little-endian, each site from a byte on."""
-        return self._packed
-
-    @cached_property
-    def _packed(self) -> Tensor:
         return pack_bits(self.mask, self.index)
 
     @classmethod

@@ -170,9 +170,7 @@ def overlap_by_site_figure(
         line(look, label, number / len(chosen))
         for number, (label, look) in enumerate(zip(labels, colours, strict=True))
     ]
-    null = Line2D(
-        [], [], color=GREY, linestyle="--", linewidth=0.8, label="dashed, in their colours: the RandomActive null"
-    )
+    null = Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="RandomActive null (dashed)")
     legend(figure, [*lines, null], 2)
     return figure
 

@@ -175,7 +175,7 @@ def test_overlap_lines_and_their_null(tables: tuple[Tables, Tables]) -> None:
         assert null.get_linewidth() < line.get_linewidth()
         assert line.get_xdata().tolist() == list(range(26))
     said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert said == ["NeuronMCT – Random", "NeuronMCT – DGR(init=1)", "RandomActive null"]
+    assert said == ["NeuronMCT – Random", "NeuronMCT – DGR(init=1)", "RandomActive null (dashed)"]
 
 
 def test_without_pairs_those_that_overlap_most_are_shown(tables: tuple[Tables, Tables]) -> None:
@@ -186,7 +186,8 @@ def test_without_pairs_those_that_overlap_most_are_shown(tables: tuple[Tables, T
     network = table[(table["site_number"] < 0) & (table["sparsity"] == 0.9) & (table["second"] != "active")]
     best = network.nlargest(6, "jaccard")
     expected = {tuple(pathway_labels([a, b], 80)) for a, b in zip(best["first"], best["second"], strict=True)}
-    said = {tuple(text.get_text().split(" – ")) for text in figure.legends[0].get_texts()} - {("RandomActive null",)}
+    null = {("RandomActive null (dashed)",)}
+    said = {tuple(text.get_text().split(" – ")) for text in figure.legends[0].get_texts()} - null
     assert said == expected
     only = table[table["second"] == "active"]
     assert len(plotting.overlap_by_site_figure(only, 0.9).axes[0].get_lines()) == 10
