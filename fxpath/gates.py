@@ -38,6 +38,11 @@ class Restriction:
             for site, given in zip(index.sites, tensors, strict=True):
                 if given is not None:
                     _require_fit(name, given, site, device)
+        floats = [site.name for site, given in zip(index.sites, self.scale, strict=True) if _is_float(given)]
+        if self.inverted and floats:
+            raise RestrictionError(
+                f"restriction: only a bool λ can be inverted, found numbers for {', '.join(floats[:3])}; invert them"
+            )
         if not any(t is not None and t.is_inference() for t in (*self.scale, *self.shift)):
             return self
         with torch.inference_mode(False):
@@ -118,6 +123,10 @@ def _require_fit(name: str, given: Tensor, site: Site, device: torch.device) -> 
         )
     if given.device != device:
         raise RestrictionError(f"restriction: {name} of site {site.name} is on {given.device}, the model on {device}")
+
+
+def _is_float(given: Tensor | None) -> bool:
+    return given is not None and given.dtype != torch.bool
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:

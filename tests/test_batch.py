@@ -313,6 +313,29 @@ def test_micro_batch_and_threads_are_taken_over(tmp_path: Path) -> None:
         torch.set_num_threads(before)
 
 
+def test_neither_reading_nor_writing_takes_threads_from_computing(tmp_path: Path) -> None:
+    """Reading does without torch's own threads, and nothing of that is left in the thread that computes."""
+    reading: dict[str, set[int]] = {}
+
+    def noted(x: torch.Tensor) -> torch.Tensor:
+        reading.setdefault(threading.current_thread().name, set()).add(torch.get_num_threads())
+        return x
+
+    priority = os.getpriority(os.PRIO_PROCESS, 0)
+    computing: list[int] = []
+
+    def response(output: torch.Tensor) -> torch.Tensor:
+        computing.append(torch.get_num_threads())
+        return output[:, 0]
+
+    network = fxpath.trace(module(), inputs()[:2], response=response)
+    run(Chosen(range(10), dict.fromkeys(range(10), noted)), tmp_path / "run.h5", network, threads=2)
+    assert set(computing[-20:]) == {2}
+    aside = {name: counts for name, counts in reading.items() if name.startswith("fxpath-read")}
+    assert list(aside.values()) == [{1}]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == priority
+
+
 def test_a_finished_store_is_recognised(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = shutil.copy(undisturbed, tmp_path / "run.h5")
     content = path.read_bytes()

@@ -482,6 +482,9 @@ def test_restrictions_that_do_not_fit() -> None:
         with pytest.raises(RestrictionError, match=message), network.restricted(Restriction(scale, shift)):
             pass
         assert network._restriction is None
+    inverted = Restriction([good, None], [None, None], inverted=True)
+    with pytest.raises(RestrictionError, match=r"only a bool λ can be inverted.*relu1"), network.restricted(inverted):
+        pass
 
 
 @pytest.mark.parametrize(
