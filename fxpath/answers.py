@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,8 +27,8 @@ class Original:
     """What the unrestricted network says of samples.
 
     response, probability, prediction, target `(B,)`; `active` `(B, N)` bool: a > 0 (a channel counts when any of its
-    units does); `packed` `(B, nbytes)`: the bits of it. probability, prediction and target are None for responses
-    without classes.
+    units does); `packed` `(B, nbytes)`: the same as `Pathways.packed` gives it. probability, prediction and target are
+    None for responses without classes.
     """
 
     response: Tensor
@@ -36,8 +36,8 @@ class Original:
     prediction: Tensor | None
     target: Tensor | None
     active: Tensor
-    packed: Tensor
     logits: Tensor | None = None
+    packed: Tensor = field(kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)

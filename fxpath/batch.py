@@ -43,6 +43,7 @@ from .store import open_store
 DEFAULT_SELECTORS = ("neuron_mct",)
 DEFAULT_SPARSITIES = (0.8, 0.9, 0.99)
 _TABLE = 600  # bytes that HDF5 itself takes for a table
+_NICENESS = 10  # of the writing thread: low, but never starved while it holds Python's lock
 _TRIES = 8  # samples among which one should fit the network
 
 
@@ -283,8 +284,9 @@ def _reported(job: Job, computed: int, started: float) -> Report:
 def _reading(job: Job, numbers: Sequence[int]) -> Iterator[tuple[int, list[Item]]]:
     """Items of each micro-batch; the next one is read while this one is computed."""
     with ThreadPoolExecutor(1, thread_name_prefix="fxpath-read") as pool:
-        pool.submit(_alone).result()
-        torch.set_num_threads(job.threads)  # torch remembers the last number for all threads to come
+        if job.network.device.type == "cpu":
+            pool.submit(_without_workers).result()
+            torch.set_num_threads(job.threads)  # torch remembers the last number for all threads to come
         ahead: Future[list[Item]] | None = pool.submit(_read, job, numbers[0]) if numbers else None
         for place, number in enumerate(numbers):
             assert ahead is not None
@@ -293,8 +295,8 @@ def _reading(job: Job, numbers: Sequence[int]) -> Iterator[tuple[int, list[Item]
             yield number, items
 
 
-def _alone() -> None:
-    """Let this thread work without OpenMP's help: with more workers than cores, they sleep at every barrier."""
+def _without_workers() -> None:
+    """Let this thread work alone: with workers of its own there are more than cores, and all sleep at every barrier."""
     torch.set_num_threads(1)
     torch.get_num_threads()  # a thread that has never asked takes the number over from others when it first does
 
@@ -355,7 +357,7 @@ class _Writer:
     def _work(self) -> None:
         if sys.platform == "linux":  # where each thread has a priority: this one takes the time that is left over
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (item := self.waiting.get()) is not None:
             if self.failure is None:
                 try:

@@ -18,7 +18,8 @@ class Restriction:
     """λ and μ of every site: `(B or 1, *gate_shape)`, None for an open gate or no constant.
 
     A bool λ selects exactly: a where it is True, μ (0 without one) where it is False. A float λ multiplies and μ is
-    added; both are differentiable in λ and μ. `inverted` takes a bool λ for its complement, without making that.
+    added; both are differentiable in λ and μ. `inverted` takes a bool λ for its complement, without
+    making that; None stays open.
     """
 
     scale: Sequence[Tensor | None]
@@ -38,7 +39,7 @@ class Restriction:
             for site, given in zip(index.sites, tensors, strict=True):
                 if given is not None:
                     _require_fit(name, given, site, device)
-        floats = [site.name for site, given in zip(index.sites, self.scale, strict=True) if _is_float(given)]
+        floats = [site.name for site, given in zip(index.sites, self.scale, strict=True) if _is_number(given)]
         if self.inverted and floats:
             raise RestrictionError(
                 f"restriction: only a bool λ can be inverted, found numbers for {', '.join(floats[:3])}; invert them"
@@ -125,7 +126,7 @@ def _require_fit(name: str, given: Tensor, site: Site, device: torch.device) -> 
         raise RestrictionError(f"restriction: {name} of site {site.name} is on {given.device}, the model on {device}")
 
 
-def _is_float(given: Tensor | None) -> bool:
+def _is_number(given: Tensor | None) -> bool:
     return given is not None and given.dtype != torch.bool
 
 

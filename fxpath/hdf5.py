@@ -24,7 +24,7 @@ _Value = TypeVar("_Value", str, int, float)
 
 _LARGEST_CHUNK = 64 * 2**20  # bytes
 _DEFLATE = 1032  # no deflate stream expands further
-_SMALL = 2**20  # bytes that any memory has; a table of this size needs no look at the file's
+_SMALL = 2**20  # bytes; what a file without any table may claim is hardly less
 
 
 @contextmanager

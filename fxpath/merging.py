@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from .errors import StoreError
-from .hdf5 import attribute, read_text
+from .hdf5 import attribute, read_text, reading
 from .parts import Joined, StoredPathway, appearing, create_table, write_header
 from .schema import (
     Header,
@@ -65,7 +65,8 @@ def merge_stores(
         for survey in surveys:
             with open_file(survey.path) as source:
                 for name, writer in writers.items():
-                    writer.append(h5py.Dataset(h5py.h5d.open(source.id, name.encode())))
+                    with reading(source, name):
+                        writer.append(h5py.Dataset(h5py.h5d.open(source.id, name.encode())))
             done += survey.samples
             if progress is not None:
                 progress(done, total)

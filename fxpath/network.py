@@ -333,7 +333,8 @@ class Network:
         if logits is not None and resolved is not None:
             probability = logits.softmax(dim=1).gather(1, resolved.unsqueeze(1)).squeeze(1)
             prediction = logits.argmax(dim=1)
-        return Original(value, probability, prediction, resolved, active, pack_bits(active, self.index), logits)
+        packed = pack_bits(active, self.index)
+        return Original(value, probability, prediction, resolved, active, logits, packed=packed)
 
     def outcome(
         self, x: Any, pathways: Pathways, *, target: type_of_target = None, original: Original | None = None
@@ -355,9 +356,9 @@ class Network:
             raise InputError(f"outcome: the original is of {original.response.shape[0]} samples, found {samples.batch}")
         samples = Samples(samples.inputs, original.target, samples.ids)
         dead = pathways.packed() & ~original.packed
-        live = self.index.count_by_site(dead.cpu().numpy())
+        live = self.index.count_by_site(dead.cpu().numpy())  # bits are few, and NumPy can count them
         suspects = set(np.flatnonzero(live.any(axis=0)).tolist())
-        on = torch.empty_like(original.active) if suspects else original.active
+        on = torch.zeros_like(original.active) if suspects else original.active
 
         def note(number: int, value: Tensor) -> None:
             if number in suspects:

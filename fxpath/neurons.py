@@ -285,7 +285,8 @@ def _candidates(values: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArra
     """Some of `values` that hold the `count` largest; all of them where a sample does not tell them apart."""
     if values.size <= 8 * _SAMPLE:
         return values
-    found = np.compress(values >= _bracket(values, count)[0], values)
+    low = _bracket(values, count)[0]
+    found = np.compress(values >= low, values) if low > 0 else values
     return found if found.size >= count else values
 
 

@@ -15,7 +15,7 @@ from .samples import Samples
 
 SIZES = (8, 4, 2, 1)  # micro-batches that are tried where none is asked for; in one of 1 there is a single place
 
-_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size; comparing bytes takes longer
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size; comparing bytes takes longer
 
 
 class PlacementWarning(UserWarning):
@@ -50,7 +50,7 @@ def tried(network: Network, sample: Samples, size: int) -> Trial:
 
 def _rows_equal(tensors: Iterable[Tensor], size: int) -> bool:
     rows = [tensor.contiguous().reshape(size, -1) for tensor in tensors if tensor.shape[:1] == (size,)]
-    bits = [row.view(_WHOLE.get(row.element_size(), torch.uint8)) for row in rows]  # so that NaN equals itself
+    bits = [row.view(_INTEGERS.get(row.element_size(), torch.uint8)) for row in rows]  # so that NaN equals itself
     return all(torch.equal(row[0], other) for row in bits for other in row[1:])
 
 

@@ -347,7 +347,7 @@ def pathway_table(group: h5py.Group, name: str, index: NeuronIndex, count: int) 
     below, _, inner = name.rpartition("/")
     if below:
         group = member(group, below, h5py.Group)
-        rank = len(member(group, inner, h5py.Dataset).shape)
+        rank = len(member(group, inner, h5py.Dataset).id.shape)
         return table(group, inner, None, (count, *[None] * (rank - 1)))
     dtype, tail = pathway_columns(index)[name]
     return table(group, name, dtype, (count, *tail))
@@ -365,7 +365,8 @@ def score_tables(file: h5py.File, family: str, index: NeuronIndex, count: int) -
 
 def pathway_attributes(group: h5py.Group) -> tuple[str, dict[str, Any], float | None]:
     """Selector, whole parameter set and sparsity of one pathway."""
-    parsed = parse_key(group.name.rpartition("/")[2])
+    with reading(group, "a pathway's name"):
+        parsed = parse_key(group.name.rpartition("/")[2])
     selector, sparsity = attribute(group, "selector", str), attribute(group, "sparsity", float)
     with reading(group, f"attribute 'parameters' of {group.name}"):
         parameters = json.loads(attribute(group, "parameters", str))

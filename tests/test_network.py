@@ -468,6 +468,17 @@ def test_pathways_of_another_network_batch_or_device() -> None:
     assert network._restriction is None
 
 
+def test_an_inverted_restriction_is_that_of_the_complement() -> None:
+    network, x = traced("Plain"), image(4)
+    kept, constant = torch.rand(2, 4, 3, 5, 5, dtype=torch.float64) > 0.5
+    for scale in (kept, kept[:1]):
+        for shift in (None, constant.double()):
+            with network.restricted(Restriction([~scale, None], [shift, None])):
+                expected = network(x)
+            with network.restricted(Restriction([scale, None], [shift, None], inverted=True)):
+                assert torch.equal(network(x), expected)
+
+
 def test_restrictions_that_do_not_fit() -> None:
     network = traced("Plain")
     good = torch.ones(1, 3, 5, 5, dtype=torch.float64)
@@ -784,7 +795,9 @@ def test_outcome_takes_one_original() -> None:
     original = network.original(x)
     with pytest.raises(InputError, match="expected a target or an original, which has its own, found both"):
         network.outcome(x, pathways, target=1, original=original)
-    short = Original(original.response[:2], None, None, original.target[:2], original.active[:2], original.packed[:2])  # type: ignore[index]
+    first = slice(0, 2)
+    parts = (original.response[first], None, None, original.target[first], original.active[first])  # type: ignore[index]
+    short = Original(*parts, packed=original.packed[first])
     with pytest.raises(InputError, match="the original is of 2 samples, found 3"):
         network.outcome(x, pathways, original=short)
 

@@ -243,15 +243,16 @@ SPREADS = {
 def test_large_rows_are_cut_exactly(spread: str) -> None:
     """Beyond 131 072 values a sample brackets the threshold; whatever the sample sees, the cut is exact."""
     values = SPREADS[spread](np.random.default_rng(1), 300_007).astype(np.float32)
-    counts = [1, 2, 299, 3_000, 30_000, 60_001, 150_000, 299_999, 300_006, 300_007]
+    counts = [0, 1, 2, 299, 3_000, 30_000, 60_001, 150_000, 299_999, 300_006, 300_007]
     order = np.lexsort((np.arange(values.size), -values))
-    masks = select_largest(values, counts)
+    masks = np.ones((len(counts), values.size), dtype=bool)
+    assert select_largest(values, counts, out=masks) is masks
     for mask, count in zip(masks, counts, strict=True):
         expected = np.zeros(values.size, dtype=bool)
         expected[order[:count]] = True
         expected &= values > 0
         assert np.array_equal(mask, expected)
-        assert nth_largest(values, count) == values[order[count - 1]]
+        assert count == 0 or nth_largest(values, count) == values[order[count - 1]]
 
 
 def test_whole_channels_are_kept_while_they_fit() -> None:
