@@ -66,7 +66,8 @@ def merge_stores(
             with open_file(survey.path) as source:
                 for name, writer in writers.items():
                     with reading(source, name):
-                        writer.append(h5py.Dataset(h5py.h5d.open(source.id, name.encode())))
+                        rows = h5py.Dataset(h5py.h5d.open(source.id, name.encode()))
+                    writer.append(rows)
             done += survey.samples
             if progress is not None:
                 progress(done, total)
