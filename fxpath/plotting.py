@@ -132,8 +132,8 @@ def overlap_matrix_figure(tables: Tables, sparsity: float | str) -> Figure:
         said = f"{name}, " if name else ""
         said += f"κ = {float(sparsity):g}"
         if len(others):
-            said += "\n" if len(others) == len(table) else "\nwithout Active: "
-            said += f"chance {_range(others['chance'])}; RandomActive {_range(others['null_mean'])}"
+            said += f"\nchance {_range(others['chance'])}; RandomActive {_range(others['null_mean'])}"
+            said += "" if len(others) == len(table) else "\n(of the pairs without Active)"
         dress(ax, said)
     bar = figure.colorbar(image, ax=list(axes), shrink=0.6, aspect=25, panchor=False)
     bar.set_label("mean Jaccard index over samples", fontsize=TEXT)

@@ -156,7 +156,7 @@ def test_matrix_shows_the_mean_jaccard_index_and_chance(tables: tuple[Tables, Ta
     assert cells[(2, 2)] == ""
     others = part[part["second"] != "active"]
     low, high = others["null_mean"].min(), others["null_mean"].max()
-    assert ax.get_title() == f"κ = 0.8\nwithout Active: chance 0.11; RandomActive {low:.2g}–{high:.2g}"
+    assert ax.get_title() == f"κ = 0.8\nchance 0.11; RandomActive {low:.2g}–{high:.2g}\n(of the pairs without Active)"
     assert others["chance"].min() == pytest.approx(0.111, abs=2e-3)
 
 
