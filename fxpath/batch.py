@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from .errors import InputError, SampleError, StoreError
 from .given import checked_path
 from .job import Job
+from .memory import kept_memory
 from .merging import merge_stores
 from .microbatch import Item, collate, compute_rows, misfit, read_item, require_labels
 from .network import Network
@@ -43,7 +43,6 @@ from .store import open_store
 DEFAULT_SELECTORS = ("neuron_mct",)
 DEFAULT_SPARSITIES = (0.8, 0.9, 0.99)
 _TABLE = 600  # bytes that HDF5 itself takes for a table
-_NICENESS = 10  # of the writing thread: low, but never starved while it holds Python's lock
 _TRIES = 8  # samples among which one should fit the network
 
 
@@ -218,7 +217,8 @@ def _run(job: Job, *, progress: bool = True) -> Report:
         remove_parts(job.folder)  # a kill after the merge leaves them
         return _reported(job, 0, started)
     job.found()
-    with held(job.folder), _thread_count(job.threads):
+    on_host = job.network.device.type == "cpu"
+    with held(job.folder), _thread_count(job.threads), kept_memory() if on_host else nullcontext():
         job.settle(_first_fit(job))
         missing = job.prepare(progress=progress)
         left = sum(len(job.ids[job.rows(number)]) for number in missing)
@@ -355,9 +355,6 @@ class _Writer:
         self.waiting.put((name, rows))
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # where each thread has a priority: this one takes the time that is left over
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (item := self.waiting.get()) is not None:
             if self.failure is None:
                 try:

@@ -356,7 +356,9 @@ class Network:
             raise InputError(f"outcome: the original is of {original.response.shape[0]} samples, found {samples.batch}")
         samples = Samples(samples.inputs, original.target, samples.ids)
         dead = pathways.packed() & ~original.packed
-        live = self.index.count_by_site(dead.cpu().numpy())  # bits are few, and NumPy can count them
+        live = np.zeros((samples.batch, len(self.index)), dtype=np.int64)
+        if bool(dead.any()):
+            live[:] = self.index.count_by_site(dead.cpu().numpy())  # bits are few, and NumPy can count them
         suspects = set(np.flatnonzero(live.any(axis=0)).tolist())
         on = torch.zeros_like(original.active) if suspects else original.active
 

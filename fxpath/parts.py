@@ -7,7 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from .schema import (
 )
 
 _LEVEL = 1  # deflate: higher levels gain a few per cent on pathway bits and take several times as long
+_LARGE = 2**20  # bytes from which on more threads than one deflate a table
+_AT_ONCE = 64  # chunks of it, so that few wait in memory to be written
 _DIAGNOSTIC = re.compile(r"diagnostics/\w[\w.-]*")
 _DEFAULTS: dict[str, Any] = {"prediction": -1, "label_rank": -1}
 
@@ -157,15 +160,33 @@ def create_table(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.d
 
 def write_rows(dataset: h5py.Dataset, start: int, array: Array) -> None:
     """Write rows from `start` on, which is the first row of a chunk; the last chunk is filled up with zeros."""
-    chunks = dataset.chunks
-    for corner in itertools.product(*(range(0, size, chunk) for size, chunk in zip(array.shape, chunks, strict=True))):
+    chunks: tuple[int, ...] = dataset.chunks
+
+    def payload(corner: tuple[int, ...]) -> bytes:
         piece = array[tuple(slice(first, first + chunk) for first, chunk in zip(corner, chunks, strict=True))]
         if piece.shape != chunks:
             padded = np.zeros(chunks, dtype=piece.dtype)
             padded[tuple(map(slice, piece.shape))] = piece
             piece = padded
-        payload = deflated(piece)
-        write_chunk(dataset, (start + corner[0], *corner[1:]), payload)
+        return deflated(piece)
+
+    steps = (range(0, size, chunk) for size, chunk in zip(array.shape, chunks, strict=True))
+    corners = list(itertools.product(*steps))
+    with _deflating(array.nbytes) as each:
+        for first in range(0, len(corners), _AT_ONCE):
+            some = corners[first : first + _AT_ONCE]
+            for corner, packed in zip(some, each(payload, some), strict=True):
+                write_chunk(dataset, (start + corner[0], *corner[1:]), packed)
+
+
+@contextmanager
+def _deflating(size: int) -> Iterator[Callable[..., Iterable[bytes]]]:
+    """How to deflate the chunks of `size` bytes, in order: several at once where there are enough of them."""
+    if size < _LARGE:
+        yield map
+    else:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="fxpath-deflate") as pool:
+            yield pool.map
 
 
 class Joined:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -245,3 +246,34 @@ def test_ids_get_the_width_asked_for(tmp_path: Path) -> None:
         assert file["samples/id"].dtype == "S40"
     with pytest.raises(StoreError, match="at most 5 bytes, found 14: 'photo-0000"):
         write_store(tmp_path / "run.h5", header, rows, id_length=5)
+
+
+def test_several_threads_deflate_to_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deflated, threads = fxpath.parts.deflated, set()
+
+    def noted(block: Any) -> bytes:
+        threads.add(threading.current_thread().name)
+        return deflated(block)
+
+    monkeypatch.setattr(fxpath.parts, "deflated", noted)
+    monkeypatch.setattr(fxpath.parts, "_LARGE", 2**60)
+    synthetic_store(tmp_path / "alone.h5", n=6, scores={"neuron_mct": "float16"}, thumbnails=True)
+    assert threads == {threading.current_thread().name}
+    monkeypatch.setattr(fxpath.parts, "_LARGE", 0)
+    threads.clear()
+    synthetic_store(tmp_path / "together.h5", n=6, scores={"neuron_mct": "float16"}, thumbnails=True)
+    assert all(name.startswith("fxpath-deflate") for name in threads)
+    assert (tmp_path / "alone.h5").read_bytes() == (tmp_path / "together.h5").read_bytes()
+
+
+def test_running_out_of_memory_in_a_deflating_thread_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(block: Any) -> bytes:
+        raise MemoryError("now")
+
+    monkeypatch.setattr(fxpath.parts, "_LARGE", 0)
+    monkeypatch.setattr(fxpath.parts, "deflated", exhausted)
+    with pytest.raises(MemoryError, match="now"):
+        synthetic_store(tmp_path / "run.h5")
+    assert leftovers(tmp_path) == set()
