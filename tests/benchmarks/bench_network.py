@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 import torchvision
 from captum.attr import LayerGradientXActivation
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 
 import fxpath
 from fxpath.images import load_images
+from fxpath.memory import kept_memory
 from fxpath.zoo import load_model
+
+
+@pytest.fixture(autouse=True)
+def same_memory() -> Iterator[None]:
+    """As in a job: else either side asks the system for its memory anew or does not, as the heap happens to lie."""
+    with kept_memory():
+        yield
 
 
 def photos(count: int) -> tuple[nn.Module, Tensor]:
