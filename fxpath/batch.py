@@ -67,7 +67,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Report:
-    """What a job did. `failed` maps the id of each sample that could not be used to the reason."""
+    """What a job did: of so many `samples`, those worked through now (`computed`) and those there before (`reused`).
+
+    `failed` maps the id of each sample that could not be used to the reason; such samples are counted as well.
+    """
 
     path: Path
     samples: int

@@ -199,7 +199,7 @@ def reported(report: Report) -> str:
     lines = [f"not computed: {name}: {reason}" for name, reason in list(report.failed.items())[:10]]
     lines.append(
         f"{report.path}: {report.samples - len(report.failed):,} of {report.samples:,} samples "
-        f"({report.computed:,} computed now, {report.reused:,} were there) in {report.seconds:.1f} s"
+        f"({report.computed:,} worked through now, {report.reused:,} were there) in {report.seconds:.1f} s"
     )
     return "\n".join(lines)
 

@@ -68,9 +68,14 @@ def open_hdf5(source: Source) -> h5py.File:
     except FileNotFoundError:
         raise StoreError(f"{name}: there is no such file; expected a store that `fxpath compute` wrote") from None
     except (OSError, RuntimeError, ValueError, TypeError, LookupError, MemoryError) as problem:
+        said = " ".join(str(problem).split())
+        if isinstance(problem, IsADirectoryError) or os.path.isdir(name):
+            said = "it is a folder"
+        elif "file signature not found" in said:
+            said = "it is no HDF5 file"
         raise StoreError(
-            f"{name}: cannot open it as a store: {' '.join(str(problem).split())}. Expected a whole HDF5 file: check "
-            "the path, copy the file again, or compute it again"
+            f"{name}: cannot open it as a store: {said}. Expected a whole HDF5 file: check the path, copy the file "
+            "again, or compute it again"
         ) from problem
 
 

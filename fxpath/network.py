@@ -12,16 +12,16 @@ from functools import cached_property, reduce
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from .answers import Original, Outcome, Pass
-from .errors import InputError, ModelError, RestrictionError, SampleError, SiteError, SmoothSitesWarning
-from .gates import Gates, Restriction, flat, grouped, note_positive, unfilled
+from .errors import InputError, ModelError, RestrictionError, SiteError, SmoothSitesWarning
+from .gates import Gates, Restriction, flat, grouped, unfilled
 from .measuring import measured
 from .neurons import Granularity, Site
-from .pathways import Pathways, pack_bits
+from .outcomes import find_original, find_outcome
+from .pathways import Pathways
 from .responses import Response, checked_response, logit, resolve_target, respond
 from .rewriting import SiteSpec, choose_sites, insert_gates, site_edges
 from .samples import Samples, type_of_target
@@ -186,9 +186,18 @@ class Network:
         with torch.inference_mode(False):  # a copy made in inference mode would be like the original
             return samples.map(torch.clone)
 
-    def __call__(self, x: Any) -> Any:
-        """The model's output for `x`, under the restriction that is in force; differentiable in `x`."""
-        samples = self.samples(x)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The model's output, under the restriction that is in force; differentiable in the inputs.
+
+        Called as the model is, `network(image, size)` or `network(tokens=…)`, or with one x as all other methods take
+        it. Raises `InputError` where the inputs do not fit.
+        """
+        if bool(inputs) == bool(named):
+            raise InputError(
+                f"network: expected inputs by place or all by name, found {len(inputs)} by place and "
+                f"{', '.join(named) or 'none'} by name; give a tuple, or a dict with every name"
+            )
+        samples = self.samples(named or (inputs[0] if len(inputs) == 1 else inputs))
         gates = None if self._restriction is None else Gates(self.index, self._restriction)
         return self._run(samples, gates)
 
@@ -315,26 +324,7 @@ class Network:
 
         Raises `SampleError` for samples whose response is NaN or infinite.
         """
-        if self._restriction is not None:
-            raise RestrictionError("original: the network is restricted; leave the with block first")
-        samples = self.samples(x, target).require_finite()
-        active = torch.empty((samples.batch, self.index.size), dtype=torch.bool, device=self.device)
-
-        def note(number: int, value: Tensor) -> None:
-            note_positive(value, self.index.sites[number], active)
-
-        with torch.no_grad():
-            output = self._run(samples, Gates(self.index, watch=note))
-            logits = self.response.logits(output)
-            resolved = self._resolve(output, samples)
-            value = respond(self.response, output, resolved, samples.batch)
-        _require_finite(value, samples)
-        probability = prediction = None
-        if logits is not None and resolved is not None:
-            probability = logits.softmax(dim=1).gather(1, resolved.unsqueeze(1)).squeeze(1)
-            prediction = logits.argmax(dim=1)
-        packed = pack_bits(active, self.index)
-        return Original(value, probability, prediction, resolved, active, logits, packed=packed)
+        return find_original(self, x, target)
 
     def outcome(
         self, x: Any, pathways: Pathways, *, target: type_of_target = None, original: Original | None = None
@@ -343,44 +333,7 @@ class Network:
 
         `original`, where there is one already, saves the forward that finds it.
         """
-        if original is not None and target is not None:
-            raise InputError("outcome: expected a target or an original, which has its own, found both")
-        samples = self.samples(x, target)
-        self._gates_of(pathways)
-        if 1 != pathways.batch != samples.batch:
-            raise RestrictionError(
-                f"outcome: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
-            )
-        original = original or self.original(samples)
-        if original.response.shape != (samples.batch,):
-            raise InputError(f"outcome: the original is of {original.response.shape[0]} samples, found {samples.batch}")
-        samples = Samples(samples.inputs, original.target, samples.ids)
-        dead = pathways.packed() & ~original.packed
-        live = np.zeros((samples.batch, len(self.index)), dtype=np.int64)
-        if bool(dead.any()):
-            live[:] = self.index.count_by_site(dead.cpu().numpy())  # bits are few, and NumPy can count them
-        suspects = set(np.flatnonzero(live.any(axis=0)).tolist())
-        on = torch.zeros_like(original.active) if suspects else original.active
-
-        def note(number: int, value: Tensor) -> None:
-            if number in suspects:
-                note_positive(value, self.index.sites[number], on)
-
-        with torch.no_grad():
-            with self.masked(pathways):
-                output = self._run(samples, Gates(self.index, self._restriction, watch=note if suspects else None))
-                value = respond(self.response, output, original.target, samples.batch)
-            rest = Restriction(pathways.gates(), [None] * len(self.index), inverted=True)
-            with self.restricted(rest):
-                dropped = self.respond(samples)
-        if suspects:
-            live = self.index.count_by_site((pack_bits(on, self.index) & dead).cpu().numpy())
-        logits = self.response.logits(output)
-        probability = same = None
-        if logits is not None and original.target is not None and original.prediction is not None:
-            probability = logits.softmax(dim=1).gather(1, original.target.unsqueeze(1)).squeeze(1)
-            same = torch.eq(logits.argmax(dim=1), original.prediction)
-        return Outcome(value, probability, same, dropped, torch.from_numpy(live).to(self.device))
+        return find_outcome(self, x, pathways, target, original)
 
     # --- sub-graphs ---
 
@@ -402,14 +355,3 @@ def _warn_of_smooth(names: Sequence[str]) -> None:
 
 def _detached(output: Any) -> Any:
     return torch.utils._pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
-
-
-def _require_finite(value: Tensor, samples: Samples) -> None:
-    bad = torch.nonzero(~torch.isfinite(value)).flatten().tolist()
-    if bad:
-        raise SampleError(
-            f"response: it is NaN or infinite for sample {', '.join(repr(samples.names[row]) for row in bad[:5])}; "
-            "the network overflows on it",
-            bad,
-            ["the network's response is NaN or infinite"] * len(bad),
-        )

@@ -122,9 +122,13 @@ def remove_empty(folder: Path) -> None:
 
 def record_of(path: Path) -> dict[str, Any]:
     """The record of the job that wrote a finished store; raises `StoreError` where no single job did."""
-    with open_store(path) as store:
+    way_out = "choose another output file, or move this one away"
+    try:
+        store = open_store(path)
+    except StoreError as problem:
+        raise StoreError(f"{problem}. It is in the way of a new one: {way_out}") from problem
+    with store:
         model = store.header.model
-        way_out = "choose another output file, or move this one away"
         if not store.complete:
             raise StoreError(f"compute: {path} is a part of a store (of {model}), not a finished one; {way_out}")
         try:

@@ -185,7 +185,10 @@ class Store:
         return self._bits(self._active, rows, site)
 
     def mask(self, key: str, sample: int | str, site: str | int | Site | None = None) -> npt.NDArray[np.bool_]:
-        """A sample's pathway `(N,)` bool, or its part at one site in the site's shape (channels: its gates' shape)."""
+        """A sample's pathway `(N,)` bool, or its part at one site in the site's shape (channels: its gates' shape).
+
+        All False where the sample was not computed (see `ok`) or the sparsity not reached (see the column "missing").
+        """
         row = self.row(sample)
         packed = self.packed(key, slice(row, row + 1), site)[0]
         if site is None:

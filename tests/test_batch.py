@@ -501,7 +501,7 @@ def test_a_flipped_bit_in_a_mask_is_noticed(tmp_path: Path, undisturbed: Path) -
     ("make", "said"),
     [
         (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50)), "run.h5: cannot open it as a store"),
-        (lambda path: path.write_text("hello"), "run.h5: cannot open it as a store"),
+        (lambda path: path.write_text("hello"), "it is no HDF5 file.*in the way of a new one: choose another output"),
         (lambda path: path.write_bytes(b""), "run.h5: cannot open it as a store"),
         (lambda path: os.symlink("nowhere", path), "run.h5: there is no such file"),
         (lambda path: path.mkdir(), r"run.h5 is a folder; give a file name such as .*run.h5/run.h5"),

@@ -166,7 +166,7 @@ def test_compute(run: Callable[..., Said], tmp_path: Path) -> None:
     said = run("compute", *SMALL, "-o", "run.h5", "--selector", "neuron_mct", "--selector", "random:seed=3",
                "--sparsity", "0.8", "0.9", "0.99", *QUICK)  # fmt: skip
     assert (said.code, said.out) == (0, "")
-    assert said.err.startswith("run.h5: 7 of 7 samples (7 computed now, 0 were there) in ")
+    assert said.err.startswith("run.h5: 7 of 7 samples (7 worked through now, 0 were there) in ")
     assert files(tmp_path) == ["run.h5"]
     with fxpath.open_store("run.h5") as store:
         assert store.keys == tuple(f"{name}@{s}" for name in ("neuron_mct", "random:seed=3") for s in (0.8, 0.9, 0.99))
@@ -206,7 +206,7 @@ def test_a_folder_with_a_label_file_and_a_broken_picture(run: Callable[..., Said
     said = run("compute", *given, "-o", "run.h5", "--target", "labels")
     assert said.code == 0
     assert said.err.splitlines()[0].startswith("not computed: 2.png: image pictures/2.png: cannot be read")
-    assert said.err.splitlines()[-1].startswith("run.h5: 4 of 5 samples (5 computed now, 0 were there)")
+    assert said.err.splitlines()[-1].startswith("run.h5: 4 of 5 samples (5 worked through now, 0 were there)")
     with fxpath.open_store("run.h5") as store:
         assert store.samples()["label"].tolist()[:2] == [3, 8]
         assert store.ids.tolist() == [f"{number}.png" for number in range(5)]
@@ -447,7 +447,7 @@ def test_merge(run: Callable[..., Said], stored: Path, tmp_path: Path, monkeypat
     assert files(tmp_path) == ["run.h5"]
     said = run("merge", "run.h5")
     assert (said.code, said.err) == (0, "run.h5 is complete\n")
-    assert run(*given).err.startswith("run.h5: 7 of 7 samples (0 computed now, 7 were there)")
+    assert run(*given).err.startswith("run.h5: 7 of 7 samples (0 worked through now, 7 were there)")
 
 
 def test_analyze(run: Callable[..., Said], stored: Path, tmp_path: Path) -> None:

@@ -255,10 +255,16 @@ def test_a_file_that_is_no_hdf5_is_refused(tmp_path: Path, text: bytes) -> None:
         open_store(io.BytesIO(text))
 
 
+def test_a_file_of_another_kind_is_named_so(tmp_path: Path) -> None:
+    (tmp_path / "run.h5").write_text("not HDF5 at all")
+    with pytest.raises(StoreError, match=r"run.h5: cannot open it as a store: it is no HDF5 file\. Expected"):
+        open_store(tmp_path / "run.h5")
+
+
 def test_a_path_without_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"run.h5: there is no such file"):
         open_store(tmp_path / "run.h5")
-    with pytest.raises(StoreError, match="cannot open it as a store"):
+    with pytest.raises(StoreError, match=r"cannot open it as a store: it is a folder\. Expected"):
         open_store(tmp_path)
     h5py.File(tmp_path / "plain.h5", "w").close()
     with pytest.raises(StoreError, match=r"plain.h5: expected a store .* found an HDF5 file without it"):

@@ -230,6 +230,6 @@ def test_squeezenet_killed_at_ten_moments(tmp_path: Path) -> None:
         assert process.returncode == 0, said
         print(f"{name}: killed after {seconds:.1f} s (try {tries}), left {tuple(left)}; then {said.strip()}")  # noqa: T201
         assert not left.store
-        assert f"({20 - 2 * left.parts} computed now, {2 * left.parts} were there)" in said
+        assert f"({20 - 2 * left.parts} worked through now, {2 * left.parts} were there)" in said
         assert by_sample(path) == wanted
         assert not path.with_name(f"{path.name}.parts").exists()

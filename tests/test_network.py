@@ -1004,6 +1004,24 @@ def test_fingerprint() -> None:
     assert exported.trace().fingerprint == exported.trace().fingerprint
 
 
+def test_a_network_is_called_as_its_model_is() -> None:
+    case = BY_NAME["TwoInputs"]
+    left, right = case.inputs(3)
+    model = case.model()
+    by_place, by_name = traced("TwoInputs"), traced("DictInput")
+    expected = model(left, right)
+    assert torch.equal(by_place(left, right), expected)
+    assert torch.equal(by_place((left, right)), expected)
+    assert torch.equal(by_name(right=right, left=left), expected)
+    assert torch.equal(by_name({"left": left, "right": right}), expected)
+    with pytest.raises(InputError, match="by place or all by name, found 1 by place and right by name"):
+        by_name(left, right=right)
+    with pytest.raises(InputError, match="by place or all by name, found 0 by place and none by name"):
+        by_place()
+    with pytest.raises(InputError, match=r"expected the arguments of the example \(2\), found 3"):
+        by_place(left, right, right)
+
+
 def test_small_things() -> None:
     network = traced("Plain")
     assert repr(network) == "Network(2 sites, 102 neurons, response='logit')"
