@@ -167,11 +167,13 @@ def _join(folder: Path, names: Sequence[str], target: Path, *, progress: bool) -
 
 
 @contextmanager
-def _thread_count(count: int) -> Iterator[None]:
+def _settings(job: Job) -> Iterator[None]:
+    """The job's number of threads, and freed memory kept where the network runs on the CPU; as before afterwards."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(job.threads)
     try:
-        yield
+        with kept_memory() if job.network.device.type == "cpu" else nullcontext():
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -222,8 +224,7 @@ def _run(job: Job, *, progress: bool = True) -> Report:
         remove_parts(job.folder)  # a kill after the merge leaves them
         return _reported(job, 0, started)
     job.found()
-    on_host = job.network.device.type == "cpu"
-    with held(job.folder), _thread_count(job.threads), kept_memory() if on_host else nullcontext():
+    with held(job.folder), _settings(job):
         job.settle(_first_fit(job))
         missing = job.prepare(progress=progress)
         left = sum(len(job.ids[job.rows(number)]) for number in missing)
@@ -310,7 +311,7 @@ def _plan(job: Job) -> Plan:
     """Time and size, from the first micro-batch, computed twice: the first run pays for warming up."""
     finished = job.finished()
     found = [] if finished else job.found()
-    with _thread_count(job.threads):
+    with _settings(job):
         job.settle(_first_fit(job))
         items = _read(job, 0)
         compute_rows(job.network, job.recipe, items)

@@ -171,6 +171,11 @@ class Network:
                 f"network: expected the arguments that are no tensors to be {self._constants}, as in the example, "
                 f"found {samples.constants}; they are part of the graph, so trace again to change them"
             )
+        if len(samples.tensors) != len(self._layout):
+            raise InputError(
+                f"network: expected {len(self._layout)} tensors, put together as in the example, found "
+                f"{len(samples.tensors)}"
+            )
         for tensor, (shape, dtype) in zip(samples.tensors, self._layout, strict=True):
             if tuple(tensor.shape[1:]) != shape:
                 raise InputError(
@@ -186,17 +191,22 @@ class Network:
         with torch.inference_mode(False):  # a copy made in inference mode would be like the original
             return samples.map(torch.clone)
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, /, *inputs: Any, **named: Any) -> Any:
         """The model's output, under the restriction that is in force; differentiable in the inputs.
 
-        Called as the model is, `network(image, size)` or `network(tokens=…)`, or with one x as all other methods take
-        it. Raises `InputError` where the inputs do not fit.
+        Called with one x as all other methods take it (a tuple: all arguments), or as the model is: with several
+        inputs by place, `network(image, size)`, or, traced on a dict, by name. Raises `InputError` where they do not
+        fit.
         """
+        if list(named) == ["x"] != self._keys:  # the one x
+            inputs, named = (*inputs, named["x"]), {}
         if bool(inputs) == bool(named):
             raise InputError(
                 f"network: expected inputs by place or all by name, found {len(inputs)} by place and "
                 f"{', '.join(named) or 'none'} by name; give a tuple, or a dict with every name"
             )
+        if len(inputs) > 1 and any(isinstance(each, Samples) for each in inputs):
+            raise InputError("network: expected Samples alone, as they hold all inputs, found them among others")
         samples = self.samples(named or (inputs[0] if len(inputs) == 1 else inputs))
         gates = None if self._restriction is None else Gates(self.index, self._restriction)
         return self._run(samples, gates)

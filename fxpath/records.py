@@ -126,6 +126,8 @@ def record_of(path: Path) -> dict[str, Any]:
     try:
         store = open_store(path)
     except StoreError as problem:
+        if not path.exists():  # a link to nowhere
+            raise
         raise StoreError(f"{problem}. It is in the way of a new one: {way_out}") from problem
     with store:
         model = store.header.model

@@ -1014,6 +1014,16 @@ def test_a_network_is_called_as_its_model_is() -> None:
     assert torch.equal(by_place((left, right)), expected)
     assert torch.equal(by_name(right=right, left=left), expected)
     assert torch.equal(by_name({"left": left, "right": right}), expected)
+    plain, x = traced("Plain"), image(2)
+    whole = Samples(x)
+    assert torch.equal(plain(x=x), plain(x))
+    assert torch.equal(plain(x=whole), plain(whole))
+    with pytest.raises(InputError, match="expected Samples alone"):
+        by_place(whole, right)
+    with pytest.raises(InputError, match=r"found \['self'\]"):
+        plain(self=left)
+    with pytest.raises(InputError, match="expected 2 tensors, put together as in the example, found 3"):
+        by_place((left, left), right)
     with pytest.raises(InputError, match="by place or all by name, found 1 by place and right by name"):
         by_name(left, right=right)
     with pytest.raises(InputError, match="by place or all by name, found 0 by place and none by name"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -260,10 +261,30 @@ def test_several_threads_deflate_to_the_same_file(tmp_path: Path, monkeypatch: p
     synthetic_store(tmp_path / "alone.h5", n=6, scores={"neuron_mct": "float16"}, thumbnails=True)
     assert threads == {threading.current_thread().name}
     monkeypatch.setattr(fxpath.parts, "_LARGE", 0)
+    monkeypatch.setattr(fxpath.parts, "_AT_ONCE", 2)
     threads.clear()
     synthetic_store(tmp_path / "together.h5", n=6, scores={"neuron_mct": "float16"}, thumbnails=True)
     assert all(name.startswith("fxpath-deflate") for name in threads)
     assert (tmp_path / "alone.h5").read_bytes() == (tmp_path / "together.h5").read_bytes()
+
+
+def test_a_large_table_is_deflated_by_two_threads_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deflated, calls, both = fxpath.parts.deflated, itertools.count(), threading.Barrier(2, timeout=30)
+
+    def together(block: Any) -> bytes:
+        if next(calls) < 2:
+            both.wait()  # is broken, and raises, where one thread does all
+        return deflated(block)
+
+    monkeypatch.setattr(fxpath.parts, "deflated", together)
+    monkeypatch.setattr(fxpath.parts.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    table = np.random.default_rng(0).integers(0, 256, (200, 30_000), dtype=np.uint8)
+    with h5py.File(tmp_path / "table.h5", "w") as file:
+        dataset = fxpath.parts.create_table(file, "active", table.shape, table.dtype)
+        fxpath.parts.write_rows(dataset, 0, table)
+    with h5py.File(tmp_path / "table.h5") as file:
+        assert np.prod(np.ceil(np.divide(table.shape, file["active"].chunks))) > 2 * fxpath.parts._AT_ONCE
+        np.testing.assert_array_equal(file["active"][:], table)
 
 
 def test_running_out_of_memory_in_a_deflating_thread_leaves_nothing(
@@ -277,3 +298,31 @@ def test_running_out_of_memory_in_a_deflating_thread_leaves_nothing(
     with pytest.raises(MemoryError, match="now"):
         synthetic_store(tmp_path / "run.h5")
     assert leftovers(tmp_path) == set()
+
+
+DEFLATE = """
+import hashlib, threading
+import numpy as np
+from fxpath.parts import deflated
+
+digests = set()
+
+def work():
+    generator = np.random.default_rng(0)
+    digest = hashlib.sha256()
+    for size in (1, 8, 60, 500, 1000, 5000) * 100:
+        digest.update(deflated(generator.integers(0, 4, size, dtype=np.uint8)))
+    digests.add(digest.hexdigest())
+
+work()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(*digests)
+"""
+
+
+def test_blocks_deflate_to_the_same_bytes_in_every_thread_and_process() -> None:
+    said = {run(DEFLATE).stdout for _ in range(6)}
+    assert len(said) == 1
+    assert len(said.pop().split()) == 1
