@@ -36,7 +36,7 @@ def kept_memory() -> Iterator[None]:
     user = object()
     with _lock:
         _users.add(user)
-        # without the first the second would keep glibc from ever raising the first
+        # the trim threshold alone would freeze the other one at 128 KiB, and every activation would be mapped anew
         if library.mallopt(_MMAP, _MOST[_MMAP]):
             library.mallopt(_TRIM, _NEVER)
     try:
