@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,8 +126,16 @@ def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> 
         time.sleep(0.02)
 
 
+@pytest.fixture
+def heeds_control_c() -> Iterator[None]:
+    """Processes started here heed Control-C, even where these tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_control_c_and_termination(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+def test_control_c_and_termination(tmp_path: Path, sent: signal.Signals, code: int, heeds_control_c: None) -> None:
     with subprocess.Popen(
         command(tmp_path), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
