@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ import h5py
 import numpy as np
 
 from .errors import StoreError
-from .hdf5 import attribute, read_text, reading
-from .parts import Joined, StoredPathway, appearing, create_table, write_header
+from .hdf5 import Array, attribute, read, read_text, reading
+from .parts import StoredPathway, appearing, create_table, move_rows, write_header, write_rows
 from .schema import (
     Header,
     active_table,
+    moves_as_it_is,
     names_below,
     open_file,
     pathway_attributes,
@@ -60,7 +62,7 @@ def merge_stores(
         for name, (dtype, tail) in first.tables.items():
             width = max(survey.tables[name][0].itemsize for survey in surveys) if dtype.kind == "S" else dtype.itemsize
             merged = np.dtype(f"S{width}") if dtype.kind == "S" else dtype
-            writers[name] = Joined(create_table(file, name, (total, *tail), merged))
+            writers[name] = _Joined(create_table(file, name, (total, *tail), merged))
         done = 0
         for survey in surveys:
             with open_file(survey.path) as source:
@@ -73,6 +75,39 @@ def merge_stores(
                 progress(done, total)
         for writer in writers.values():
             writer.flush()
+
+
+class _Joined:
+    """One table of a merged file: takes the parts' tables one after the other, with at most a few chunks in memory."""
+
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self.dataset = dataset
+        self.position = 0
+        self.waiting: list[Array] = []
+        self.chunks = dataset.chunks
+        self.by_sample = moves_as_it_is(dataset.name.lstrip("/"))
+
+    def append(self, source: h5py.Dataset) -> None:
+        """Add all rows of a checked table; raises `StoreError` where it is damaged."""
+        if self.by_sample and source.chunks == self.chunks and source.compression == "gzip":
+            move_rows(self.dataset, self.position, source)
+            self.position += source.shape[0]
+            return
+        rows, *tail = source.id.shape
+        step = max(1, 2**24 // max(1, math.prod(tail) * source.id.dtype.itemsize))
+        for start in range(0, rows, step):
+            block = read(source, slice(start, start + step))
+            self.waiting.append(block.astype(f"S{self.dataset.dtype.itemsize}") if block.dtype.kind == "S" else block)
+            self.flush(self.chunks[0])
+
+    def flush(self, multiple: int = 1) -> None:
+        """Write what waits, in whole multiples of so many rows."""
+        count = sum(map(len, self.waiting)) // multiple * multiple
+        if count:
+            block = np.concatenate(self.waiting)
+            write_rows(self.dataset, self.position, block[:count])
+            self.position += count
+            self.waiting = [block[count:]]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from .errors import FxpathError, StoreError, unknown
-from .hdf5 import TEXT, Array, read, reading
+from .hdf5 import TEXT, Array, reading
 from .neurons import NeuronIndex
 from .schema import (
     ATTRIBUTE,
@@ -33,7 +33,6 @@ from .schema import (
     Rows,
     check_header,
     chunk_shape,
-    moves_as_it_is,
     parse_key,
     pathway_columns,
 )
@@ -195,45 +194,14 @@ def _deflating(size: int) -> Iterator[Callable[..., Iterable[bytes]]]:
             yield pool.map
 
 
-class Joined:
-    """One table of a merged file: takes the parts' tables one after the other, with at most a few chunks in memory."""
-
-    def __init__(self, dataset: h5py.Dataset) -> None:
-        self.dataset = dataset
-        self.position = 0
-        self.waiting: list[Array] = []
-        self.chunks = dataset.chunks
-        self.by_sample = moves_as_it_is(dataset.name.lstrip("/"))
-
-    def append(self, source: h5py.Dataset) -> None:
-        """Add all rows of a checked table; raises `StoreError` where it is damaged."""
-        if self.by_sample and source.chunks == self.chunks and source.compression == "gzip":
-            self._move(source)
-            return
-        rows, *tail = source.id.shape
-        step = max(1, 2**24 // max(1, math.prod(tail) * source.id.dtype.itemsize))
-        for start in range(0, rows, step):
-            block = read(source, slice(start, start + step))
-            self.waiting.append(block.astype(f"S{self.dataset.dtype.itemsize}") if block.dtype.kind == "S" else block)
-            self.flush(self.chunks[0])
-
-    def flush(self, multiple: int = 1) -> None:
-        """Write what waits, in whole multiples of so many rows."""
-        count = sum(map(len, self.waiting)) // multiple * multiple
-        if count:
-            block = np.concatenate(self.waiting)
-            write_rows(self.dataset, self.position, block[:count])
-            self.position += count
-            self.waiting = [block[count:]]
-
-    def _move(self, source: h5py.Dataset) -> None:
-        for corner in itertools.product(
-            *(range(0, size, chunk) for size, chunk in zip(source.shape, source.chunks, strict=True))
-        ):
-            with reading(source, source.name):
-                skipped, payload = source.id.read_direct_chunk(corner)
-            write_chunk(self.dataset, (self.position + corner[0], *corner[1:]), payload, skipped)
-        self.position += source.shape[0]
+def move_rows(dataset: h5py.Dataset, start: int, source: h5py.Dataset) -> None:
+    """Write all rows of `source`, which has the same chunks and filters, from row `start` on, deflated as they are."""
+    for corner in itertools.product(
+        *(range(0, size, chunk) for size, chunk in zip(source.shape, source.chunks, strict=True))
+    ):
+        with reading(source, source.name):
+            skipped, payload = source.id.read_direct_chunk(corner)
+        write_chunk(dataset, (start + corner[0], *corner[1:]), payload, skipped)
 
 
 # ------------------------------------------------------------------------------------------- what goes into it
