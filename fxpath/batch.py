@@ -1,4 +1,4 @@
-"""A data set → a store: micro-batches, progress, resume, writing beside computing; reproducible to the byte."""
+"""A data set → a store: micro-batches, progress, resume, writing beside computing; masks reproducible to the bit."""
 
 from __future__ import annotations
 
@@ -105,13 +105,13 @@ def compute(
     `scores` "float16" or "float32" keeps all scores too, so that any sparsity can be cut later (`Store.cut`).
 
     Finished micro-batches are part files in `<path>.parts`; a job that was stopped, by whatever means, goes on from
-    them when it is started again, and the result has the same bytes. `micro_batch` (default: 8, or the largest below
-    in which a sample's place changes no bit, which is tried) and `threads` (default: torch's) belong to the job and
-    are taken over from what is there when it goes on. Warns with `PlacementWarning` where the micro-batch asked for
-    makes last bits depend on the order of the samples. Other numbers of either change last bits of the activations, and
-    hardly a neuron of a pathway (Jaccard ≥ 0.9999); but where that carries one neuron over the kink of its rectifier,
-    the gradients of all before it jump (EfficientNet-Lite0, 1 against 2 threads: 5 of 20 photos, Jaccard ≥ 0.994). A
-    model in float64 leaves no such difference.
+    them when it is started again, and every mask and number has the same bytes. `micro_batch` (default: 8, or the
+    largest below in which a sample's place changes no bit, which is tried) and `threads` (default: torch's) belong to
+    the job and are taken over from what is there when it goes on. Warns with `PlacementWarning` where the micro-batch
+    asked for makes last bits depend on the order of the samples. Other numbers of either change last bits of the
+    activations, and hardly a neuron of a pathway (Jaccard ≥ 0.9999); but where that carries one neuron over the kink
+    of its rectifier, the gradients of all before it jump (EfficientNet-Lite0, 1 against 2 threads: 5 of 20 photos,
+    Jaccard ≥ 0.994). A model in float64 leaves no such difference.
 
     A sample that cannot be read, or has NaN or infinite values, is recorded with the reason; `strict` stops instead.
     Raises `InputError` for parameters that do not fit and `StoreError` where `path` holds another job's results.
