@@ -150,6 +150,12 @@ def collate(items: Sequence[Item], network: Network) -> Samples:
     return Samples(inputs, ids=[item.name for item in items]).to(network.device)
 
 
+_NO_PATHWAY: dict[str, float] = {
+    "mask": 0, "kept": 0, "live": 0, "same_class": 0, "density": np.nan, "response": np.nan, "probability": np.nan,
+    "dropped_response": np.nan,
+}  # fmt: skip
+
+
 class _Table:
     """The columns of one pathway key while they fill."""
 
@@ -252,13 +258,13 @@ class _Filling:
             selection = selector.select(network, samples, recipe.sparsities)
             seconds = (time.perf_counter() - started) / count
             own = str(family(selector))
-            for sparsity, pathways in selection.pathways.items():
-                key = _key(own, sparsity)
-                self._note_pathways(self.tables[key].columns, samples, original, pathways, good, seconds)
-                for name, values in selection.diagnostics.items():
-                    self._diagnostic(self.tables[key].columns, name, values[:count].cpu().numpy(), good)
-            for sparsity, why in selection.missing.items():
-                self.tables[_key(own, sparsity)].columns["missing"][list(good)] = why
+            for sparsity in dict.fromkeys((*selection.pathways, *selection.missing)):
+                columns = self.tables[_key(own, sparsity)].columns
+                if sparsity in selection.pathways:
+                    self._note_pathways(columns, samples, original, selection.pathways[sparsity], good, seconds)
+                for name, values in {**selection.diagnostics, **selection.by_sparsity.get(sparsity, {})}.items():
+                    self._diagnostic(columns, name, values[:count].cpu().numpy(), good)
+                self._note_missing(columns, selection.reasons(sparsity, samples.batch), good)
             if own in self.scores and selection.scores is not None:
                 self._note_scores(own, selection.scores.signed[:count], good)
 
@@ -304,6 +310,14 @@ class _Filling:
         columns["same_class"][rows] = _host(outcome.same_class, count, 0)
         columns["live"][rows] = outcome.live[:count].cpu().numpy()
         columns["seconds"][rows] = seconds
+
+    def _note_missing(self, columns: dict[str, Array], reasons: Sequence[str], good: Sequence[int]) -> None:
+        """The reasons of samples without this pathway; of these only the diagnostics and the seconds are kept."""
+        for position, reason in zip(good, reasons, strict=False):  # what fills a short batch has reasons, too
+            if reason:
+                columns["missing"][position] = reason
+                for name, empty in _NO_PATHWAY.items():
+                    columns[name][position] = empty
 
     def _diagnostic(self, columns: dict[str, Array], name: str, values: Array, good: Sequence[int]) -> None:
         path = f"diagnostics/{name}"

@@ -236,22 +236,42 @@ def gather_bits(mask: Tensor) -> Tensor:
 class Selection:
     """What a selector found: pathways by sparsity (None for a selector that has just one), and diagnostics.
 
-    `selection[0.9]` is a `Pathways`; a sparsity that was not asked for or not reached raises a `SparsityError` (a
-    `KeyError`) that says why. `diagnostics` are arrays with a row per sample. `scores` are kept where there are any.
+    `selection[0.9]` is a `Pathways`; a sparsity that was not asked for, or not reached by every sample, raises a
+    `SparsityError` (a `KeyError`) that says why. `missing` has, for a sparsity that was not reached by all, one reason
+    for all samples or one a sample, "" where it was reached; `pathways` then holds the others' pathways, with empty
+    rows where there is none. `diagnostics` are arrays with a row per sample, `by_sparsity` those that differ between
+    sparsities. `scores` are kept where there are any.
     """
 
     pathways: dict[float | None, Pathways]
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
-    missing: dict[float | None, str] = field(default_factory=dict)
+    missing: dict[float | None, str | Sequence[str]] = field(default_factory=dict)
     scores: Scores | None = None
+    by_sparsity: dict[float | None, dict[str, Tensor]] = field(default_factory=dict)
 
     def __getitem__(self, sparsity: float | None) -> Pathways:
+        reasons = self.missing.get(sparsity, "")
+        rows = [row for row, reason in enumerate(reasons) if reason] if not isinstance(reasons, str) else []
+        if isinstance(reasons, str) and reasons:
+            raise SparsityError(f"selection: sparsity {sparsity} was not reached: {reasons}")
+        if rows:
+            shown = ", ".join(map(str, rows[:5])) + (" …" if len(rows) > 5 else "")
+            others = ""
+            if len(rows) < len(reasons):
+                others = f"; selection.pathways[{sparsity}] has the other samples, and empty rows for these"
+            raise SparsityError(
+                f"selection: sparsity {sparsity} was not reached by sample {shown} of the batch: "
+                f"{reasons[rows[0]]}{others}"
+            )
         if sparsity in self.pathways:
             return self.pathways[sparsity]
-        if sparsity in self.missing:
-            raise SparsityError(f"selection: sparsity {sparsity} was not reached: {self.missing[sparsity]}")
         has = ", ".join("the one pathway: [None]" if s is None else str(s) for s in self.pathways)
         raise SparsityError(f"selection: sparsity {sparsity} was not asked for; there is {has or 'none'}")
+
+    def reasons(self, sparsity: float | None, batch: int) -> list[str]:
+        """Why each of `batch` samples has no pathway of this sparsity, "" where it has one."""
+        found = self.missing.get(sparsity, "")
+        return [found] * batch if isinstance(found, str) else list(found)
 
     def __iter__(self) -> Iterator[float | None]:
         return iter(self.pathways)

@@ -13,7 +13,7 @@ from small_jobs import CIFAR, KEYS, SPARSITIES, Chosen, Placed, cifar, inputs, m
 from torch import Tensor, nn
 
 import fxpath
-from fxpath.errors import ImageError, InputError, SampleError
+from fxpath.errors import ImageError, InputError, SampleError, SparsityError
 from fxpath.microbatch import (
     Item,
     Recipe,
@@ -469,6 +469,45 @@ def test_a_sparsity_that_is_not_reached_says_why() -> None:
     assert np.isnan(stalled["density"]).all()
     assert not stalled["mask"].any()
     assert reached["diagnostics/steps"].tolist() == [0, 1, 2]
+
+
+@dataclass(frozen=True)
+class StallsAtTimes(Stalls):
+    """Reaches a sparsity for every second sample only, and has numbers that differ between sparsities."""
+
+    key: ClassVar[str] = "stalls_at_times"
+
+    def select(self, network: fxpath.Network, samples: Any, sparsities: Sequence[float]) -> Selection:
+        found = fxpath.Magnitude().select(network, samples, sparsities)
+        why = ["" if row % 2 else "no score is left" for row in range(samples.batch)]
+        own = {level: {"left": torch.full((samples.batch,), level)} for level in sparsities}
+        return Selection(found.pathways, missing={sparsities[1]: why}, by_sparsity={**own})
+
+
+def test_a_sparsity_that_some_samples_do_not_reach() -> None:
+    wanted = replace(recipe("active"), selectors=(StallsAtTimes(),))
+    rows = compute_rows(small(), wanted, items(range(3)))
+    columns = rows.pathways["stalls_at_times@0.95"].columns
+    assert columns["missing"].tolist() == ["no score is left", "", "no score is left"]
+    assert np.isnan(columns["density"]).tolist() == [True, False, True]
+    assert np.isnan(columns["response"]).tolist() == [True, False, True]
+    assert columns["mask"].any(axis=1).tolist() == [False, True, False]
+    assert columns["kept"].any(axis=1).tolist() == [False, True, False]
+    np.testing.assert_array_equal(columns["diagnostics/left"], np.float32([0.95] * 3))
+    np.testing.assert_array_equal(
+        rows.pathways["stalls_at_times@0.8"].columns["diagnostics/left"], np.float32([0.8] * 3)
+    )
+    assert set(rows.pathways["stalls_at_times@0.8"].columns["missing"]) == {""}
+
+
+def test_a_selection_says_who_did_not_reach_a_sparsity() -> None:
+    network = small()
+    found = StallsAtTimes().select(network, samples_of([0, 1, 2]), (0.8, 0.95))
+    assert found[0.8].batch == 3
+    with pytest.raises(SparsityError, match=r"not reached by sample 0, 2 of the batch: no score"):
+        found[0.95]
+    assert found.reasons(0.8, 3) == ["", "", ""]
+    assert Stalls().select(network, samples_of([0]), (0.8, 0.95)).reasons(0.95, 2) == ["no score is left"] * 2
 
 
 # --- the place in a micro-batch ---
