@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
 
 from ..errors import InputError, unknown
 from ..keys import PathwayKey, parse_value
@@ -64,13 +64,25 @@ def parameters(selector: Selector) -> dict[str, Any]:
 
 
 def family(selector: Selector) -> PathwayKey:
-    """The selector's name in a store: its key and the parameters that are not at their default."""
+    """The selector's name in a store: its key and the parameters that are not at their default.
+
+    Those that a class attribute `budget` names bound memory and change no more than last bits: they are left out. So
+    are those that have the value in the attribute `implied`, which follows from the others.
+    """
+    budget, implied = getattr(selector, "budget", ()), getattr(selector, "implied", {})
     changed = {
         field.name: getattr(selector, field.name)
         for field in dataclasses.fields(selector)  # type: ignore[arg-type]
-        if getattr(selector, field.name) != field.default
+        if getattr(selector, field.name) != implied.get(field.name, field.default) and field.name not in budget
     }
     return PathwayKey(selector.key, changed)
+
+
+def _types(kind: type[Selector], field: dataclasses.Field[Any]) -> tuple[type, ...]:
+    """Types that a parameter's value may have: its default's, or those of an annotation such as `float | str`."""
+    if "|" not in str(field.type):
+        return (type(field.default),)
+    return get_args(get_type_hints(kind)[field.name])
 
 
 def parse(text: str | Selector) -> Selector:
@@ -93,11 +105,12 @@ def parse(text: str | Selector) -> Selector:
             raise InputError(f"selector {text!r}: expected param=value, found {item!r}")
         if name not in known:
             raise InputError(f"selector {text!r}: " + unknown("parameter", name, known))
-        wanted = type(known[name].default)
+        wanted = _types(kind, known[name])
         parsed = parse_value(value)
-        if wanted is float and isinstance(parsed, int) and not isinstance(parsed, bool):
+        if float in wanted and int not in wanted and isinstance(parsed, int) and not isinstance(parsed, bool):
             parsed = float(parsed)
-        if not isinstance(parsed, wanted) or (isinstance(parsed, bool) and wanted is not bool):
-            raise InputError(f"selector {text!r}: expected {name} to be {wanted.__name__}, found {value!r}")
+        if not isinstance(parsed, wanted) or (isinstance(parsed, bool) and bool not in wanted):
+            said = " or ".join(each.__name__ for each in wanted)
+            raise InputError(f"selector {text!r}: expected {name} to be {said}, found {value!r}")
         given[name] = parsed
     return kind(**given)
