@@ -1,0 +1,389 @@
+"""Selection by pruning: neurons of small |a · ∂Φ/∂a| are removed step by step (the paper's Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..answers import Pass
+from ..errors import InputError, SampleError
+from ..gates import Restriction, flat, grouped, unfilled
+from ..keys import checked_sparsities, exact_sparsity
+from ..pathways import Pathways, Selection
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..network import Network
+
+Rows = Sequence[npt.NDArray[np.floating[Any]]]
+
+_BLOCK = 131_072  # scores that are made at a time; they fit into the cache
+_SAMPLE = 8_192
+_LONGEST = 1001  # states of a descent that the diagnostics describe, at most
+_REACHED, _EXHAUSTED, _NOT_FINITE = "reached", "exhausted", "not finite"
+_SHARES = ("mask_density", "scored", "dead_share", "dead_share_scored")
+
+
+@register
+@dataclass(frozen=True)
+class GreedyPruning:
+    """Greedy pruning (the paper's Algorithm 1): the lowest scores are removed, again and again.
+
+    A descent starts from the whole network. At each state, masked to m, every neuron has the score s = |a · ∂Φ/∂a|;
+    then the ⌈`share` · N⌉ lowest of those with s ≠ 0 are removed from m: all of them where they are fewer; of equal
+    scores the larger neuron index goes first; at channel granularity whole channels, lowest first, until they make up
+    as many units. Nothing comes back, and neurons with s = 0, the dead among them, are never removed.
+
+    What answers is the effective pathway e = m ∧ (a ≠ 0 in the masked network): masking all the rest as well changes
+    nothing. Each sparsity gets the e of the first state at which |e| ≤ k. One descent serves all sparsities. Each
+    sample has its own, for the class that the original network predicts or its target; a sparsity that it does not
+    reach is missing, with the reason.
+
+    Diagnostics: of the first W = min(⌈1/share⌉ + 1, 1001) states, `(B, W)`, NaN or −1 after the last one, `responses`
+    Φ(x; m ⊙ a), `same_class` (int8: the argmax is the original's; −1 where there are no classes), `effective` |e|/N
+    and `remaining` |m|/N; `iterations` `(B,)` int32, how often neurons were removed; `exhausted` `(B,)` bool, whether
+    the descent ended because no score but 0 was left. By sparsity, `(B,)` each, −1 or NaN where it is missing:
+    `iteration` int32, the number of its state (0: the whole network), `mask_density` |m|/N and `scored` |r|/N there
+    with r = m ∧ (s ≠ 0), `dead_share` of e and `dead_share_scored` of r, the share of their neurons that are dead in
+    the original network (NaN for an empty one).
+    """
+
+    key: ClassVar[str] = "greedy_pruning"
+    single: ClassVar[bool] = False
+    keeps_scores: ClassVar[bool] = False
+
+    share: float = 0.01
+
+    def __post_init__(self) -> None:
+        given: Any = self.share
+        if isinstance(given, bool) or not isinstance(given, Real) or not 0 < float(given) < 1:
+            raise InputError(
+                f"greedy_pruning: expected share in (0, 1), the part of all neurons that is removed at a time, found "
+                f"{given!r}; for example 0.01"
+            )
+        object.__setattr__(self, "share", float(given))  # NumPy's floats have another repr
+
+    def select(self, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
+        """Raises `SampleError` for samples whose scores in the whole network are NaN or infinite."""
+        levels = checked_sparsities(sparsities)
+        with torch.inference_mode(False), torch.no_grad():
+            descent = Descent(network, samples, levels, self.share)
+            for _ in descent:
+                pass
+            return descent.selection()
+
+
+class Workspace:
+    """Memory for `prune_smallest` on rows of sites of `sizes` neurons.
+
+    It leaves `effective`, a ≠ 0, and `scored`, s ≠ 0, `(N,)` bool; `count`, how many a ≠ 0; and `finite`, whether every
+    score is.
+    """
+
+    def __init__(self, sizes: Sequence[int], kind: npt.DTypeLike) -> None:
+        self.effective, self.scored = np.empty((2, sum(sizes)), dtype=np.bool_)
+        self.scores, self.small = np.empty(_BLOCK, dtype=kind), np.empty(_BLOCK, dtype=np.bool_)
+        self.blocks: list[list[tuple[int, slice, slice]]] = [[]]  # site, where in it, where in the block
+        self.count, self.finite = 0, True
+        used = 0
+        for site, size in enumerate(sizes):
+            first = 0
+            while first < size:
+                if used == _BLOCK:
+                    self.blocks.append([])
+                    used = 0
+                step = min(size - first, _BLOCK - used)
+                self.blocks[-1].append((site, slice(first, first + step), slice(used, used + step)))
+                first, used = first + step, used + step
+
+
+def prune_smallest(values: Rows, slopes: Rows, count: int, work: Workspace) -> npt.NDArray[np.int64]:
+    """Numbers of the `count` smallest |a · ∂Φ/∂a| that are not 0, in no order; of all of them where they are fewer.
+
+    `values` a and `slopes` ∂Φ/∂a are those of each site `(units,)`; neurons are numbered through. Of equal scores the
+    larger number is taken first: what is left is what a threshold of contributions would keep. Scores are made block
+    by block in the cache and never stored: only those below a bound, which a strided sample gives, are partitioned.
+    """
+    bound = _bound(values, slopes, count)
+    with np.errstate(all="ignore"):
+        numbers, scores = _up_to(bound, values, slopes, work)
+        if numbers.size < count and bound < np.inf:
+            numbers, scores = _up_to(np.inf, values, slopes, work)
+    if numbers.size <= count:
+        return numbers
+    threshold = np.partition(scores, count - 1)[count - 1]
+    chosen: npt.NDArray[np.int64] = numbers[scores <= threshold]
+    if chosen.size == count:
+        return chosen
+    below, tied = numbers[scores < threshold], numbers[scores == threshold]
+    return np.concatenate([below, tied[tied.size - (count - below.size) :]])
+
+
+def _bound(values: Rows, slopes: Rows, count: int) -> Any:
+    """A score that a few more than `count` should not exceed; infinity where a sample does not tell."""
+    step = sum(value.size for value in values) // _SAMPLE
+    if step < 8:
+        return np.inf
+    with np.errstate(all="ignore"):
+        sample = np.concatenate([value[::step] * slope[::step] for value, slope in zip(values, slopes, strict=True)])
+    sample = np.abs(sample[sample != 0])
+    place = int(count / step + 3 * math.sqrt(count / step) + 3)
+    return np.partition(sample, place)[place] if place < sample.size else np.inf
+
+
+def _up_to(
+    bound: Any, values: Rows, slopes: Rows, work: Workspace
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating[Any]]]:
+    """Numbers, ascending, and values of the scores that are not 0 and not above `bound`; fills the workspace."""
+    numbers, found, start = [], [], 0
+    work.count, work.finite = 0, True
+    for block in work.blocks:
+        size = block[-1][2].stop
+        scores, effective = work.scores[:size], work.effective[start : start + size]
+        for site, part, place in block:
+            value = values[site][part]
+            np.multiply(value, slopes[site][part], out=scores[place])
+            np.not_equal(value, 0, out=effective[place])
+        np.abs(scores, out=scores)
+        work.finite &= math.isfinite(scores.max())
+        work.count += int(np.count_nonzero(effective))
+        scored = np.greater(scores, 0, out=work.scored[start : start + size])
+        small = np.less_equal(scores, bound, out=work.small[:size])
+        few = np.flatnonzero(np.logical_and(small, scored, out=small))
+        found.append(scores[few])
+        numbers.append(np.add(few, start, out=few))
+        start += size
+    return np.concatenate(numbers), np.concatenate(found)
+
+
+def prune_channels(
+    scores: npt.NDArray[np.floating[Any]], count: int, weights: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Numbers of the smallest `scores` `(N,)` that are not 0, smallest first, until they weigh `count` or more.
+
+    Of equal scores the larger number is taken first.
+    """
+    live = np.flatnonzero(scores)[::-1]
+    order = live[np.argsort(scores[live], kind="stable")]
+    return order[: int(np.searchsorted(np.cumsum(weights[order]), count)) + 1]
+
+
+def _prune_on_device(scores: Tensor, count: int) -> Tensor:
+    """What `prune_smallest` finds, for scores |s| `(N,)` on an accelerator."""
+    live = int(scores.count_nonzero())
+    if live <= count:
+        return scores.nonzero().flatten()
+    threshold = scores.kthvalue(scores.numel() - live + count).values  # zeros come first
+    below = ((scores > 0) & (scores < threshold)).nonzero().flatten()
+    tied = (scores == threshold).nonzero().flatten()
+    return torch.cat([below, tied[tied.numel() - (count - below.numel()) :]])
+
+
+class Descent:
+    """The descent of a batch; iterating runs one state after the other until every sample has stopped.
+
+    When it hands out a state, `state` is its number, `gates` `(B, N)` holds the mask (1 or 0) of the next one, and
+    nothing of the network is restricted.
+    """
+
+    def __init__(self, network: Network, samples: Any, sparsities: Sequence[float], share: float) -> None:
+        index, original = network.index, network.original(samples)
+        self.network, self.index, self.sparsities = network, index, sparsities
+        self.samples = replace(network.samples(samples), target=original.target)
+        self.prediction = original.prediction
+        self.weights = index.weights if index.granularity == "channel" else None
+        self.on_host = network.device.type == "cpu" or self.weights is not None
+        self.kept = [index.kept(sparsity) for sparsity in sparsities]
+        self.count = math.ceil(Fraction(exact_sparsity(share)) * index.units)
+        batch = self.samples.batch
+        shape = (len(sparsities), batch, index.size)
+        self.active: Any = original.active.cpu().numpy() if self.on_host else original.active
+        self.masks: Any = np.zeros(shape, dtype=np.bool_) if self.on_host else original.active.new_zeros(shape)
+        self.gates = unfilled((batch, index.size), torch.float32, network.device).fill_(1)
+        by_site = [self.gates[:, site.slice].view(-1, *site.gate_shape) for site in index.sites]
+        self.restriction = Restriction(by_site, [None] * len(by_site))
+        self.workspaces: dict[int, Workspace] = {}  # one a thread
+
+        self.state = -1
+        self.running = list(range(batch))
+        self.stopped: dict[int, str] = {}
+        self.remaining, self.effective = np.full((2, batch), index.units)  # |m| and |e| of the last state
+        width = min(math.ceil(1 / Fraction(exact_sparsity(share))) + 1, _LONGEST)
+        self.series = {name: np.full((batch, width), np.nan) for name in ("responses", "effective", "remaining")}
+        self.same_class = np.full((batch, width), -1, dtype=np.int8)
+        self.iterations = np.zeros(batch, dtype=np.int32)
+        self.iteration = np.full((len(sparsities), batch), -1, dtype=np.int32)
+        self.shares = {name: np.full((len(sparsities), batch), np.nan) for name in _SHARES}
+
+    def __iter__(self) -> Iterator[Descent]:
+        self.threads = torch.get_num_threads()
+        with ThreadPoolExecutor(self.threads) as self.pool:
+            while self.running:
+                self.state += 1
+                self._run()
+                self._require_finite()
+                self.running = [row for row in self.running if row not in self.stopped]
+                yield self
+
+    def _run(self) -> None:
+        """One forward and backward of the masked network; then every sample that is still running prunes or stops."""
+        direct = self.on_host and self.weights is None
+        with self.network.restricted(self.restriction):
+            if direct:
+                run = self.network.gradients(self.samples)
+            else:
+                products, run = self.network.signed_products(self.samples)
+        self._note_answers(run)
+        if direct:
+            self._prune_in_threads(run)
+            return
+        live = [grouped(value != 0, site) > 0 for site, value in zip(self.index, run.activations, strict=True)]
+        scores, effective = products.abs_(), torch.cat(live, dim=1)
+        for row in self.running:
+            finite = bool(scores[row].isfinite().all())
+            if self.weights is None:
+                few = _prune_on_device(scores[row], self.count)
+                self._advance(row, finite, effective[row], scores[row] > 0, few)
+            else:
+                own = _array(scores[row].cpu())
+                channels = prune_channels(own, self.count, self.weights)
+                self._advance(row, finite, effective[row].cpu().numpy(), own > 0, channels)
+
+    def _require_finite(self) -> None:
+        """Raise `SampleError` where the first state, the whole network, has scores that are no numbers."""
+        bad = sorted(row for row, why in self.stopped.items() if why == _NOT_FINITE) if self.state == 0 else []
+        if bad:
+            raise SampleError(
+                f"greedy_pruning: the scores of sample {', '.join(map(str, bad[:5]))} of the batch are NaN or "
+                "infinite; the network overflows on it. Try float32 or float64, or leave the sample out",
+                bad,
+                ["the scores of greedy_pruning are NaN or infinite"] * len(bad),
+            )
+
+    def _prune_in_threads(self, run: Pass) -> None:
+        values, slopes = (
+            [_array(flat(each, site)) for site, each in zip(self.index, tensors, strict=True)]
+            for tensors in (run.activations, run.gradients)
+        )
+        waiting = iter(self.running)
+
+        def prune(thread: int) -> None:
+            if thread not in self.workspaces:
+                sizes = [site.neurons for site in self.index]
+                self.workspaces[thread] = Workspace(sizes, np.result_type(*values, *slopes))
+            work = self.workspaces[thread]
+            for row in waiting:
+                own = [value[row] for value in values], [slope[row] for slope in slopes]
+                chosen = prune_smallest(*own, self.count, work)
+                self._advance(row, work.finite, work.effective, work.scored, chosen)
+
+        # by_thread would leave this one idle, while PyTorch's own go on spinning for some ms and hold back the others
+        others = [self.pool.submit(prune, number) for number in range(1, min(self.threads, len(self.running)))]
+        prune(0)
+        for other in others:
+            other.result()
+
+    def _note_answers(self, run: Pass) -> None:
+        if self.state >= self.same_class.shape[1]:
+            return
+        rows = self.running
+        self.series["responses"][rows, self.state] = run.response.double().cpu().numpy()[rows]
+        logits = self.network.response.logits(run.output)
+        if logits is not None and self.prediction is not None:
+            self.same_class[rows, self.state] = torch.eq(logits.argmax(dim=1), self.prediction).cpu().numpy()[rows]
+
+    def _advance(self, row: int, finite: bool, effective: Any, scored: Any, chosen: Any) -> None:
+        """Note what a sample's state is, then remove the `chosen` neurons or stop."""
+        if not finite:
+            self.stopped[row] = _NOT_FINITE
+            return
+        self.effective[row] = size = self._units(effective)
+        if self.state < self.same_class.shape[1]:
+            self.series["effective"][row, self.state] = size / self.index.units
+            self.series["remaining"][row, self.state] = self.remaining[row] / self.index.units
+        for place, kept in enumerate(self.kept):
+            if size <= kept and self.iteration[place, row] < 0:
+                self._note_reached(place, row, effective, scored)
+        if bool((self.iteration[:, row] >= 0).all()):
+            self.stopped[row] = _REACHED
+        elif not len(chosen):
+            self.stopped[row] = _EXHAUSTED
+        else:
+            self._remove(row, chosen)
+            self.iterations[row] += 1
+
+    def _remove(self, row: int, chosen: Any) -> None:
+        self.remaining[row] -= len(chosen) if self.weights is None else self.weights[chosen].sum()
+        if self.gates.device.type == "cpu":
+            self.gates.numpy()[row, chosen] = 0  # torch would start threads of its own within this one
+        else:
+            self.gates[row, torch.as_tensor(chosen, device=self.gates.device)] = 0
+
+    def _note_reached(self, place: int, row: int, effective: Any, scored: Any) -> None:
+        self.masks[place, row] = effective
+        self.iteration[place, row] = self.state
+        self.shares["mask_density"][place, row] = self.remaining[row] / self.index.units
+        self.shares["scored"][place, row] = self._units(scored) / self.index.units
+        for name, neurons in (("dead_share", effective), ("dead_share_scored", scored)):
+            if count := int(neurons.sum()):
+                self.shares[name][place, row] = int((neurons & ~self.active[row]).sum()) / count
+
+    def _units(self, neurons: Any) -> int:
+        """How many scalar units a bool row stands for."""
+        if self.weights is not None:
+            return int(self.weights[neurons].sum())
+        return int(neurons.count_nonzero() if isinstance(neurons, Tensor) else np.count_nonzero(neurons))
+
+    def selection(self) -> Selection:
+        """What the finished descent found."""
+        device, batch = self.gates.device, self.samples.batch
+        masks = torch.as_tensor(self.masks).to(device)
+        pathways: dict[float | None, Pathways] = {}
+        missing: dict[float | None, str | Sequence[str]] = {}
+        by_sparsity: dict[float | None, dict[str, Tensor]] = {}
+        for place, sparsity in enumerate(self.sparsities):
+            reached = self.iteration[place] >= 0
+            if reached.any():
+                pathways[sparsity] = Pathways(masks[place], self.index)
+            if not reached.all():
+                missing[sparsity] = ["" if reached[row] else self._reason(row, sparsity) for row in range(batch)]
+            shares = {name: each[place] for name, each in self.shares.items()}
+            by_sparsity[sparsity] = _tensors({"iteration": self.iteration[place], **shares}, device)
+        exhausted = np.array([self.stopped[row] == _EXHAUSTED for row in range(batch)])
+        ends: dict[str, npt.NDArray[Any]] = {
+            "same_class": self.same_class,
+            "iterations": self.iterations,
+            "exhausted": exhausted,
+        }
+        return Selection(pathways, _tensors(self.series | ends, device), missing, by_sparsity=by_sparsity)
+
+    def _reason(self, row: int, sparsity: float) -> str:
+        """Why a sample did not reach a sparsity."""
+        removals = int(self.iterations[row])
+        if self.stopped[row] == _NOT_FINITE:
+            why, verb = f"scores became NaN or infinite when neurons had been removed {removals} times", "was"
+        elif removals:
+            why, verb = "no neuron with a non-zero score is left", "stays at"
+        else:
+            why, verb = "no neuron has a non-zero score: the response has no gradient where a ≠ 0", "stays at"
+        share = self.effective[row] / self.index.units
+        return f"greedy pruning: {why}; |e| {verb} {share:.4f} of N, {1 - exact_sparsity(sparsity)} was asked for"
+
+
+def _array(values: Tensor) -> npt.NDArray[Any]:
+    """A tensor on the host as NumPy's array; NumPy has no bfloat16 and is slow with float16."""
+    return (values.float() if values.element_size() < 4 else values).numpy()
+
+
+def _tensors(columns: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
