@@ -8,8 +8,11 @@ from .neurons import Site as Site
 from .pathways import Pathways as Pathways
 from .pathways import Scores as Scores
 from .samples import Samples as Samples
+from .selectors import DGR as DGR
 from .selectors import Active as Active
+from .selectors import GreedyPruning as GreedyPruning
 from .selectors import Magnitude as Magnitude
+from .selectors import NeuronIntGrad as NeuronIntGrad
 from .selectors import NeuronMCT as NeuronMCT
 from .selectors import Random as Random
 from .store import Store as Store

@@ -60,6 +60,10 @@ class SmoothSitesWarning(UserWarning):
     """Some sites are not zero on their inactive side; what the paper proves of dead neurons does not cover them."""
 
 
+class NoContributionWarning(UserWarning):
+    """Neurons, or whole samples, of which no score is above 0: the response does not depend on them."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str], *, way_out: str = "") -> str:
     """Say that `name` is no `kind`, with the nearest names that are.
 

@@ -25,7 +25,7 @@ from .pathways import Pathways
 from .responses import Response, checked_response, logit, resolve_target, respond
 from .rewriting import SiteSpec, choose_sites, insert_gates, site_edges
 from .samples import Samples, type_of_target
-from .suffixes import Suffix
+from .suffixes import Parts, Suffix
 from .tracing import Traced, plain_attention, trace_module
 
 
@@ -108,6 +108,7 @@ class Network:
         self._order = tuple(example.kwargs)
         self._home = example.device
         self._restriction: Restriction | None = None
+        self._parts: dict[tuple[int, bool], Parts] = {}
         self.index = measured(self._module, traced.bind, example, chosen, granularity)
         self.edges = tuple(site_edges(self._module))
         parents = {target for source, target in self.edges if source >= 0}

@@ -22,19 +22,20 @@ _SPREAD = 0x0102040810204080  # times eight 0/1 bytes of an int64 gathers their 
 class Scores:
     """How much each neuron contributed.
 
-    `signed` is `(B, N)`; `values = |signed|` is what ranks. `completeness` is `(B, sites)` where the
-    method defines it: |Σ c − (Φ(x) − Φ(a ← 0))|. `key` is the selector's name, for messages.
+    `signed` is `(B, N)`; `values` ranks: |signed|, or, with `rank` "signed", what of it is above 0. `completeness` is
+    `(B, sites)` where the method defines it: |Σ c − (Φ(x) − Φ(a ← 0))|. `key` is the selector's name, for messages.
     """
 
     signed: Tensor
     index: NeuronIndex
     completeness: Tensor | None = None
     key: str = "scores"
+    rank: str = "absolute"
 
     @property
     def values(self) -> Tensor:
-        """|signed|, `(B, N)`."""
-        return self.signed.abs()
+        """What neurons are ordered by, `(B, N)`, never below 0."""
+        return self.signed.abs() if self.rank == "absolute" else self.signed.clamp(min=0)
 
     def require_finite(self) -> Scores:
         """These scores; raises `SampleError` naming the rows that hold NaN or infinite values."""
@@ -80,11 +81,13 @@ class Scores:
         signed = self.signed.detach().cpu()
         # NumPy has no bfloat16 and is slow with float16; float32 holds both as they are
         values = (signed.float() if signed.element_size() < 4 else signed).numpy()
+        absolute = self.rank == "absolute"
 
         def select(rows: range) -> None:
             sizes = np.empty_like(values[0])  # for all rows: the system is slow to hand out fresh memory
             for row in rows:
-                select_largest(np.abs(values[row], out=sizes), counts, weights, out=masks[:, row])
+                ordered = np.abs(values[row], out=sizes) if absolute else np.maximum(values[row], 0, out=sizes)
+                select_largest(ordered, counts, weights, out=masks[:, row])
 
         by_thread(select, len(values))
         return torch.from_numpy(masks).to(self.signed.device)

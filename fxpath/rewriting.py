@@ -69,7 +69,7 @@ def _argument(node: fx.Node, position: int, *names: str) -> Any:
     return node.args[position] if len(node.args) > position else None
 
 
-def _operation(node: fx.Node) -> str | None:
+def operation(node: fx.Node) -> str | None:
     """The plain name of a function, method or aten operation; None for functions of other libraries."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
@@ -84,7 +84,8 @@ def _operation(node: fx.Node) -> str | None:
     return name if name and any(getattr(home, name, None) is target for home in homes) else None
 
 
-def _called_module(node: fx.Node) -> nn.Module | None:
+def called_module(node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, or None."""
     module = node.graph.owning_module
     return module.get_submodule(str(node.target)) if node.op == "call_module" and module is not None else None
 
@@ -92,7 +93,7 @@ def _called_module(node: fx.Node) -> nn.Module | None:
 def classify(node: fx.Node) -> Activation | None:
     """The activation that a node executes, or None."""
     if node.op == "call_module":
-        module = _called_module(node)
+        module = called_module(node)
         if isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
             return Activation(node, "hardtanh", module.min_val == 0)
         if isinstance(module, nn.Threshold):
@@ -104,7 +105,7 @@ def classify(node: fx.Node) -> Activation | None:
         return None
     if node.op not in ("call_function", "call_method"):
         return None
-    name = _operation(node)
+    name = operation(node)
     if name is None:
         return None
     if name in _RECTIFIER_NAMES:
@@ -131,7 +132,7 @@ def carries_data(node: fx.Node) -> bool:
     """Whether a node's value depends on the data of its inputs, not just on their shapes."""
     if node.target is getattr:
         return node.args[1] not in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout")
-    return node.op not in ("call_function", "call_method") or _operation(node) not in _SHAPE_ONLY
+    return node.op not in ("call_function", "call_method") or operation(node) not in _SHAPE_ONLY
 
 
 def _reached_by_input(graph: fx.Graph) -> set[fx.Node]:
@@ -150,7 +151,7 @@ def activations_of(module: fx.GraphModule) -> list[Activation]:
 
 
 def _matches_type(node: fx.Node, kind: type[nn.Module]) -> bool:
-    module = _called_module(node)
+    module = called_module(node)
     return module is not None and isinstance(module, kind)
 
 
@@ -206,8 +207,8 @@ def choose_sites(module: fx.GraphModule, spec: SiteSpec) -> list[Activation]:
 
 
 def _plain_op(node: fx.Node) -> str:
-    module = _called_module(node)
-    return type(module).__name__.lower() if module is not None else (_operation(node) or str(node.target))
+    module = called_module(node)
+    return type(module).__name__.lower() if module is not None else (operation(node) or str(node.target))
 
 
 def _listing(known: Sequence[Activation]) -> str:
@@ -290,7 +291,7 @@ def channel_axis(node: fx.Node, dimensions: int) -> int:
         current = next(iter(current.all_input_nodes), None) if current is not None else None
         if current is None:
             break
-        module, name = _called_module(current), _operation(current) if current.op.startswith("call_") else None
+        module, name = called_module(current), operation(current) if current.op.startswith("call_") else None
         if isinstance(module, _CHANNELS_FIRST) or name in _FIRST_NAMES or str(name).endswith("batch_norm"):
             return 0
         if isinstance(module, _CHANNELS_LAST) or name in _LAST_NAMES:
@@ -314,7 +315,8 @@ class Cut:
     boundary: tuple[str, ...]
 
 
-def _descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
+def descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
+    """Every node that reads one of `starts`, directly or not."""
     found: set[fx.Node] = set()
     waiting = list(starts)
     while waiting:
@@ -325,14 +327,17 @@ def _descendants(starts: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _ancestors(ends: Iterable[fx.Node]) -> set[fx.Node]:
+def ancestors(ends: Iterable[fx.Node], until: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """Every node that one of `ends` reads, directly or not, but not through `until`."""
     found: set[fx.Node] = set()
+    stops = set(until)
     waiting = list(ends)
     while waiting:
         for source in waiting.pop().all_input_nodes:
             if source not in found:
                 found.add(source)
-                waiting.append(source)
+                if source not in stops:
+                    waiting.append(source)
     return found
 
 
@@ -345,7 +350,7 @@ def cut(module: fx.GraphModule, starts: Sequence[fx.Node], ends: Sequence[fx.Nod
     graph = module.graph
     output = next(node for node in graph.nodes if node.op == "output")
     goals = [output] if ends is None else list(ends)
-    within = (_descendants(starts) & (_ancestors(goals) | set(goals))) - set(starts)
+    within = (descendants(starts) & (ancestors(goals, starts) | set(goals))) - set(starts)
     parameters = {node for node in graph.nodes if node.op == "get_attr"}
     reading = within | {output} if ends is None else within  # the output may depend on none of the starts
     read = {source for node in reading for source in node.all_input_nodes} | (set(goals) - reading)
@@ -375,7 +380,7 @@ def cut(module: fx.GraphModule, starts: Sequence[fx.Node], ends: Sequence[fx.Nod
 def prefix(module: fx.GraphModule, ends: Mapping[str, fx.Node]) -> fx.GraphModule:
     """The sub-graph from the network's inputs to `ends`; returns their values as a tuple."""
     graph = module.graph
-    needed = _ancestors(ends.values()) | set(ends.values())
+    needed = ancestors(ends.values()) | set(ends.values())
     start = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -259,7 +259,9 @@ class Store:
         scores (NaN) has an empty pathway. Raises `SparsityError` outside [0, 1).
         """
         kept = self.index.kept(sparsity)
-        size = np.nan_to_num(np.abs(self.scores(family, sample)), copy=False)
+        signed = self.scores(family, sample)
+        by_sign = PathwayKey.parse(family).parameters.get("rank") == "signed"
+        size = np.nan_to_num(np.maximum(signed, 0) if by_sign else np.abs(signed), copy=False)
         weights = self.index.weights if self.index.granularity == "channel" else None
         masks: npt.NDArray[np.bool_] = select_largest(size, [kept], weights)
         return masks.reshape(-1)

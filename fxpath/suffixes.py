@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .gates import Gates
-from .rewriting import cut, prefix
+from .rewriting import GATES, Cut, ancestors, cut, prefix
+from .samples import Samples
+from .scaling import frontier
 from .tracing import plain_attention
 
 if TYPE_CHECKING:
@@ -26,23 +29,71 @@ class Suffix:
     def __init__(self, network: Network, number: int) -> None:
         self.network = network
         self.site = network.sites[number]
-        node = network._gate_nodes[number]
-        self._cut = cut(network._module, [node])
-        by_name = {found.name: found for found in network._module.graph.nodes}
-        self._prefix = prefix(network._module, {"site": node} | {name: by_name[name] for name in self._cut.boundary})
+        self._parts = parts_of(network, number)
 
     def cache(self, x: Any) -> tuple[Tensor, tuple[Any, ...]]:
         """The site's activation, and the other values that the suffix reads (skips around the site)."""
-        network = self.network
-        samples = network.samples(x)
-        gates = None if network._restriction is None else Gates(network.index, network._restriction)
-        with torch.inference_mode(False), torch.no_grad(), plain_attention():
-            activation, *boundary = self._prefix(*network.traced.bind(samples), gates)
-        return activation, tuple(boundary)
+        activation, values = before(self.network, self._parts, self.network.samples(x))
+        return activation, tuple(self._parts.read_by(self._parts.whole, values))
 
     def __call__(self, activation: Tensor, boundary: Sequence[Any]) -> Any:
         """The network's output from the site's activation on; differentiable in it."""
         network = self.network
         gates = None if network._restriction is None else Gates(network.index, network._restriction)
         with plain_attention():
-            return network.traced.unbind(self._cut.module(activation, *boundary, gates))
+            return network.traced.unbind(self._parts.whole.module(activation, *boundary, gates))
+
+
+@dataclass(eq=False)
+class Parts:
+    """The sub-graphs of one site, which a network keeps.
+
+    `whole` leads from the site to the output. `head` leads from the site to the values up to which all is affine in a
+    factor of its activation, `tail` from these to the output; both None where nothing but the site itself is. `before`
+    gives the site and what all of them read from outside; `fixed` names what of that no input changes. `found` is what
+    trials found of stacking (see `stacks`).
+    """
+
+    before: fx.GraphModule
+    whole: Cut
+    head: Cut | None
+    tail: Cut | None
+    leads: bool
+    outside: tuple[str, ...]
+    fixed: frozenset[str]
+    found: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    def read_by(self, part: Cut, values: Mapping[str, Any]) -> list[Any]:
+        """What a sub-graph reads from outside, in its order."""
+        return [values[name] for name in part.boundary]
+
+
+def parts_of(network: Network, number: int) -> Parts:
+    """The sub-graphs of a site; made when they are first asked for."""
+    restricted = network._restriction is not None
+    if (number, restricted) not in network._parts:
+        network._parts[number, restricted] = _made(network, number, restricted)
+    return network._parts[number, restricted]
+
+
+def _made(network: Network, number: int, restricted: bool) -> Parts:
+    module, node = network._module, network._gate_nodes[number]
+    whole = cut(module, [node])
+    edge = frontier(module, node, gated=restricted)
+    head = tail = None
+    if edge and list(edge) != [node]:
+        head, tail = cut(module, [node], edge), cut(module, edge)
+    outside = dict.fromkeys(name for part in (whole, head, tail) if part is not None for name in part.boundary)
+    by_name = {found.name: found for found in module.graph.nodes}
+    inputs = {found for found in module.graph.nodes if found.op == "placeholder" and found.target != GATES}
+    fixed = frozenset(name for name in outside if not inputs & {by_name[name], *ancestors([by_name[name]])})
+    before = prefix(module, {"site": node} | {name: by_name[name] for name in outside})
+    return Parts(before, whole, head, tail, bool(edge), tuple(outside), fixed)
+
+
+def before(network: Network, parts: Parts, samples: Samples) -> tuple[Tensor, dict[str, Any]]:
+    """The site's activation, and the values that what follows reads from outside, by name."""
+    gates = None if network._restriction is None else Gates(network.index, network._restriction)
+    with torch.inference_mode(False), torch.no_grad(), plain_attention():
+        activation, *rest = parts.before(*network.traced.bind(samples), gates)
+    return activation, dict(zip(parts.outside, rest, strict=True))

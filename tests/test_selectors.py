@@ -88,6 +88,7 @@ def test_mct_by_hand() -> None:
     assert selection.scores.key == "neuron_mct"
 
 
+@pytest.mark.filterwarnings("ignore::fxpath.errors.NoContributionWarning")  # six samples, some of them all dead
 @every
 def test_mct_never_keeps_a_dead_neuron(case: Case) -> None:
     network, x = traced(case.name), case.x(6, seed=3)
@@ -288,7 +289,7 @@ def test_names_families_and_parameters() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("neuron_mtc", r"there is no selector 'neuron_mtc'; nearest: neuron_mct \(all: "),
+        ("neuron_mtc", r"there is no selector 'neuron_mtc'; nearest: neuron_mct, neuron_intgrad \(all: "),
         ("", r"there is no selector ''"),
         ("Random", r"there is no selector 'Random'; nearest: random"),
         (

@@ -2,6 +2,21 @@
 
 from .baselines import Active, Magnitude, Random
 from .contribution import NeuronMCT
+from .integrated import NeuronIntGrad
+from .pruning import GreedyPruning
 from .registry import Selector, names, parse, register
+from .routing import DGR
 
-__all__ = ["Active", "Magnitude", "NeuronMCT", "Random", "Selector", "names", "parse", "register"]
+__all__ = [
+    "DGR",
+    "Active",
+    "GreedyPruning",
+    "Magnitude",
+    "NeuronIntGrad",
+    "NeuronMCT",
+    "Random",
+    "Selector",
+    "names",
+    "parse",
+    "register",
+]

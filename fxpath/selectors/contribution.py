@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
+from torch import Tensor
+
+from ..errors import NoContributionWarning
 from ..keys import checked_sparsities
-from ..pathways import Scores, Selection
-from ..samples import type_of_target
+from ..pathways import Pathways, Scores, Selection
+from ..samples import Samples, type_of_target
 from .registry import register
 
 if TYPE_CHECKING:
@@ -32,8 +37,35 @@ class ByScore:
         sparsities = checked_sparsities(sparsities)  # before the work, not after
         scores = self.scores(network, samples)
         found = scores.threshold(sparsities)
-        diagnostics = {} if scores.completeness is None else {"completeness": scores.completeness}
+        diagnostics = _completeness(scores)
+        warn_of_empty(scores, samples, found)
         return Selection(dict(zip(sparsities, found, strict=True)), diagnostics, scores=scores)
+
+
+def _completeness(scores: Scores) -> dict[str, Tensor]:
+    """Completeness errors of every sample and site, absolute and relative to the site's Σ|c| (NaN for 0/0)."""
+    if scores.completeness is None:
+        return {}
+    sums = [scores.signed[:, site.slice].abs().sum(dim=1, dtype=torch.float64) for site in scores.index.sites]
+    relative = scores.completeness / torch.stack(sums, dim=1)
+    return {"completeness": scores.completeness, "completeness_relative": relative}
+
+
+def warn_of_empty(scores: Scores, samples: Any, found: Sequence[Pathways]) -> None:
+    """Warn of samples of which nothing could be kept: all scores are 0."""
+    if not any(bool((pathways.count == 0).any()) for pathways in found):
+        return
+    rows = torch.nonzero(~scores.signed.any(dim=1)).flatten().tolist()
+    if not rows:
+        return
+    names = [repr(Samples.of(samples).names[row]) for row in rows]
+    warnings.warn(
+        f"{scores.key}: no neuron of sample {', '.join(names[:5])}{' …' if len(names) > 5 else ''} scores, so "
+        "the pathway is empty; the response's gradient vanishes there. Explain the logit rather than a saturated "
+        "probability, or look at the sample",
+        NoContributionWarning,
+        stacklevel=3,
+    )
 
 
 @register
