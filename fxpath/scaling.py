@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from .narrowing import Narrowed
 from .rewriting import ancestors, called_module, carries_data, descendants, gate, operation
 
 
@@ -68,10 +69,16 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _of_module(node: fx.Node, module: nn.Module, given: Growth) -> Growth:
+def _of_module(node: fx.Node, module: nn.Module, known: dict[fx.Node, Growth]) -> Growth:
     """A subclass may compute anything, and so may a hook: only the types themselves count."""
-    kind = type(module)
-    if _hooked(module) or len(node.all_input_nodes) != 1:
+    sources = [known[source] for source in node.all_input_nodes]
+    varying = [growth for growth in sources if growth is not Growth.CONSTANT]
+    if len(varying) != 1 or _hooked(module):
+        return Growth.OTHER
+    kind, given = type(module), varying[0]
+    if isinstance(module, Narrowed):
+        return given if module.layer.bias is None else Growth.AFFINE
+    if len(sources) != 1:
         return Growth.OTHER
     if kind in _LINEAR_MODULES:
         return given
@@ -144,7 +151,7 @@ def growths(module: fx.GraphModule, site: fx.Node, *, gated: bool) -> dict[fx.No
         elif node.target is gate:
             known[node] = Growth.OTHER if gated else known[node.args[0]]
         elif called is not None:
-            known[node] = _of_module(node, called, max(known[source] for source in node.all_input_nodes))
+            known[node] = _of_module(node, called, known)
             if any(known[source] is Growth.OTHER for source in node.all_input_nodes):
                 known[node] = Growth.OTHER
         else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .gates import Gates, Restriction
-from .responses import respond
+from .responses import Logit, respond
 from .rewriting import Cut
 from .samples import Samples
 from .suffixes import before, parts_of
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .network import Network
 
 SINGLY, REPEATED, RERUN = 0, 1, 2  # one copy at a time; what the graph reads from outside repeated; or computed anew
+_BLOCK = 16  # rows of a last layer that are computed at a time, alike
 WHOLE, TAIL = 0, 1  # from the site itself, or from the last values that are affine in α
 
 
@@ -31,15 +32,29 @@ class SiteRuns:
     """What follows one site, on cached inputs.
 
     `samples` have their target resolved; a run holds at most `copies` copies of them. `activation` is the site's value
-    a, `leads` whether any way goes from the site to the output.
+    a, `leads` whether any way goes from the site to the output. `classes`: how many logits the output has; where the
+    response is one of them, the last layer gives no others.
     """
 
-    def __init__(self, network: Network, number: int, samples: Samples, target: Tensor | None, copies: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        number: int,
+        samples: Samples,
+        target: Tensor | None,
+        copies: int,
+        classes: int | None = None,
+    ) -> None:
         self.network, self.number = network, number
         self.samples, self.target = samples, target
-        self._parts = parts_of(network, number)
+        response = network.response
+        single = type(response) is Logit and response.output is None and target is not None
+        self._parts = parts_of(network, number, classes if single else None)
+        self._wanted = _padded(target) if self._parts.narrow and target is not None else None
         self.leads = self._parts.leads
-        activation, outside = before(network, self._parts, samples)
+        if self._parts.narrow:
+            self.target = torch.arange(samples.batch, device=samples.device)
+        activation, outside = before(network, self._parts, samples, self._wanted)
         self.activation = _laid_out(activation)
         self._outside = {name: _laid_out(value) for name, value in outside.items()}
         self._repeated: tuple[tuple[int, int], dict[str, Any]] = (1, REPEATED), self._outside
@@ -56,7 +71,7 @@ class SiteRuns:
         if self._repeated[0] != (copies, mode):
             if mode == RERUN:
                 rows = list(range(self.samples.batch)) * copies
-                found = before(self.network, self._parts, self.samples.take(rows))[1]
+                found = before(self.network, self._parts, self.samples.take(rows), self._wanted)[1]
                 found = {name: _laid_out(value) for name, value in found.items()}
             else:
                 found = {
@@ -247,6 +262,12 @@ def _laid_out(value: Any) -> Any:
     if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
         return value.contiguous(memory_format=torch.channels_last)
     return value
+
+
+def _padded(target: Tensor) -> Tensor:
+    """Classes for a last layer: one a sample, in whole blocks, so that what a sample gets does not depend on others."""
+    count = -(-len(target) // _BLOCK) * _BLOCK
+    return torch.cat([target, target[:1].expand(count - len(target))])
 
 
 def _repeated(value: Any, copies: int, *, single: bool = False) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from .gates import Gates
-from .rewriting import GATES, Cut, ancestors, cut, prefix
+from .narrowing import CLASSES, narrow
+from .rewriting import GATES, Cut, ancestors, cut, descendants, prefix
 from .samples import Samples
 from .scaling import frontier
 from .tracing import plain_attention
@@ -29,7 +30,7 @@ class Suffix:
     def __init__(self, network: Network, number: int) -> None:
         self.network = network
         self.site = network.sites[number]
-        self._parts = parts_of(network, number)
+        self._parts = parts_of(network, number, None)
 
     def cache(self, x: Any) -> tuple[Tensor, tuple[Any, ...]]:
         """The site's activation, and the other values that the suffix reads (skips around the site)."""
@@ -50,8 +51,8 @@ class Parts:
 
     `whole` leads from the site to the output. `head` leads from the site to the values up to which all is affine in a
     factor of its activation, `tail` from these to the output; both None where nothing but the site itself is. `before`
-    gives the site and what all of them read from outside; `fixed` names what of that no input changes. `found` is what
-    trials found of stacking (see `stacks`).
+    gives the site and what all of them read from outside; `fixed` names what of that no input changes. `narrow`: the
+    output holds the wanted classes alone. `found` is what trials found of stacking.
     """
 
     before: fx.GraphModule
@@ -61,6 +62,7 @@ class Parts:
     leads: bool
     outside: tuple[str, ...]
     fixed: frozenset[str]
+    narrow: bool
     found: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def read_by(self, part: Cut, values: Mapping[str, Any]) -> list[Any]:
@@ -68,32 +70,55 @@ class Parts:
         return [values[name] for name in part.boundary]
 
 
-def parts_of(network: Network, number: int) -> Parts:
-    """The sub-graphs of a site; made when they are first asked for."""
+def parts_of(network: Network, number: int, classes: int | None) -> Parts:
+    """The sub-graphs of a site; made when they are first asked for.
+
+    `classes`, unless None, is how many the output has; all but the wanted ones are left out where that is possible.
+    """
     restricted = network._restriction is not None
-    if (number, restricted) not in network._parts:
-        network._parts[number, restricted] = _made(network, number, restricted)
-    return network._parts[number, restricted]
+    key = number, restricted, classes
+    if key not in network._parts:
+        network._parts[key] = _made(network, number, restricted, classes)
+    return network._parts[key]
 
 
-def _made(network: Network, number: int, restricted: bool) -> Parts:
+def _narrowed(network: Network, classes: int) -> tuple[fx.GraphModule, fx.Node] | None:
+    if classes not in network._narrowed:
+        network._narrowed[classes] = narrow(network._module, classes)
+    return network._narrowed[classes]
+
+
+def _made(network: Network, number: int, restricted: bool, classes: int | None) -> Parts:
     module, node = network._module, network._gate_nodes[number]
+    found = None if classes is None or restricted else _narrowed(network, classes)
+    narrower = False
+    if found is not None:
+        own = next(other for other in found[0].graph.nodes if other.name == node.name)
+        narrower = found[1] in descendants([own])
+        module, node = (found[0], own) if narrower else (module, node)
     whole = cut(module, [node])
     edge = frontier(module, node, gated=restricted)
     head = tail = None
     if edge and list(edge) != [node]:
         head, tail = cut(module, [node], edge), cut(module, edge)
     outside = dict.fromkeys(name for part in (whole, head, tail) if part is not None for name in part.boundary)
-    by_name = {found.name: found for found in module.graph.nodes}
-    inputs = {found for found in module.graph.nodes if found.op == "placeholder" and found.target != GATES}
+    by_name = {each.name: each for each in module.graph.nodes}
+    own_inputs = (GATES, CLASSES)
+    inputs = {each for each in by_name.values() if each.op == "placeholder" and each.target not in own_inputs}
     fixed = frozenset(name for name in outside if not inputs & {by_name[name], *ancestors([by_name[name]])})
     before = prefix(module, {"site": node} | {name: by_name[name] for name in outside})
-    return Parts(before, whole, head, tail, bool(edge), tuple(outside), fixed)
+    return Parts(before, whole, head, tail, bool(edge), tuple(outside), fixed, narrower)
 
 
-def before(network: Network, parts: Parts, samples: Samples) -> tuple[Tensor, dict[str, Any]]:
-    """The site's activation, and the values that what follows reads from outside, by name."""
+def before(
+    network: Network, parts: Parts, samples: Samples, wanted: Tensor | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """The site's activation, and the values that what follows reads from outside, by name.
+
+    `wanted` are the classes that narrow parts give.
+    """
     gates = None if network._restriction is None else Gates(network.index, network._restriction)
     with torch.inference_mode(False), torch.no_grad(), plain_attention():
-        activation, *rest = parts.before(*network.traced.bind(samples), gates)
+        inputs = [*network.traced.bind(samples), gates, *([wanted] if parts.narrow else [])]
+        activation, *rest = parts.before(*inputs)
     return activation, dict(zip(parts.outside, rest, strict=True))

@@ -105,8 +105,10 @@ class NeuronIntGrad(ByScore):
             return self.max_batch
         one = samples.take([0])
         with torch.no_grad():
-            target = network._resolve(network(one), one)
-        needed = SiteRuns(network, first, one, target, 1).bytes_of_a_copy()
+            output = network(one)
+            target, logits = network._resolve(output, one), network.response.logits(output)
+        classes = None if logits is None else logits.shape[1]
+        needed = SiteRuns(network, first, one, target, 1, classes).bytes_of_a_copy()
         if needed > self.max_bytes:
             raise InputError(
                 f"neuron_intgrad: one sample needs about {needed:,} bytes behind site {network.sites[first].name}, "
@@ -132,6 +134,8 @@ class NeuronIntGrad(ByScore):
             output = network(samples)
             target = network._resolve(output, samples)
             whole = respond(network.response, output, target, samples.batch).double()
+            logits = network.response.logits(output)
+        classes = None if logits is None else logits.shape[1]
         alphas, weights = quadrature(self.rule, self.steps)
         errors = torch.full((samples.batch, len(network.index)), torch.nan, dtype=torch.float64, device=whole.device)
         signed: Tensor | None = None
@@ -139,7 +143,7 @@ class NeuronIntGrad(ByScore):
         with tqdm(total=len(chosen) * self.steps, desc=self.key, unit="step", delay=2, leave=False) as bar:
             for number in chosen:
                 site = network.sites[number]
-                runs = SiteRuns(network, number, samples, target, rows // samples.batch)
+                runs = SiteRuns(network, number, samples, target, rows // samples.batch, classes)
                 if signed is None:
                     kind = torch.promote_types(runs.activation.dtype, torch.float32)
                     signed = unfilled((samples.batch, network.index.size), kind, network.device).zero_()
