@@ -22,6 +22,7 @@ from test_leaks import traced as watched
 from torch import Tensor, nn
 
 import fxpath
+from fxpath import progress
 from fxpath.errors import InputError, RestrictionError, SparsityError
 from fxpath.gates import Restriction
 from fxpath.microbatch import Item, Recipe, compute_rows
@@ -759,19 +760,17 @@ def test_inference_mode_and_no_grad_change_nothing(network: Network, x: Tensor) 
             assert len(setting.select(network, x.clone(), (0.5,))) == 1
 
 
-def test_it_is_quiet_where_asked(network: Network, x: Tensor, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_shows_once_it_takes_long_and_not_within_a_job(
+    network: Network, x: Tensor, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     DGR(iterations=2).optimise(network, x)
     assert capsys.readouterr().err == ""  # under two seconds
-
-    def slow(*args: Any, **named: Any) -> Any:
-        return bar(*args, **{**named, "delay": 0})
-
-    bar = descent.tqdm
-    monkeypatch.setattr(descent, "tqdm", slow)
+    made = progress.tqdm
+    monkeypatch.setattr(progress, "tqdm", lambda *args, **named: made(*args, **{**named, "delay": 0}))
     DGR(iterations=2).optimise(network, x)
     assert "dgr" in capsys.readouterr().err
-    monkeypatch.setattr(DGR, "progress", False)
-    DGR(iterations=2).optimise(network, x)
+    with progress.no_bars():
+        DGR(iterations=2).optimise(network, x)
     assert capsys.readouterr().err == ""
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..answers import Original
 from ..gates import Gates, Restriction
 from ..neurons import NeuronIndex, Site
+from ..progress import bar
 from ..responses import respond
 from ..samples import Samples
 
@@ -223,8 +223,6 @@ def descend(
     start: Tensor,
     reference: Reference,
     schedule: Schedule,
-    *,
-    progress: bool = True,
 ) -> Descent:
     """Minimise divergence + γΣλ over the gates of `index`, each sample's on its own, from `start` `(B, G)`.
 
@@ -240,7 +238,7 @@ def descend(
         lowest = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
         kept = torch.full((batch,), -1, dtype=torch.int32, device=device)
         alive = torch.ones(batch, dtype=torch.bool, device=device)
-        for number in _counted(schedule.iterations + 1, progress):
+        for number in _counted(schedule.iterations + 1):
             last = number == schedule.iterations
             with torch.set_grad_enabled(not last):
                 gates = Gates(network.index, Restriction(state.gates, [None] * len(state.gates)))
@@ -263,6 +261,8 @@ def descend(
         return Descent(state.rows(state.best), state.rows(state.evidence), kept.to(torch.int32), curves[0], curves[1])
 
 
-def _counted(count: int, progress: bool) -> Iterator[int]:
-    with tqdm(range(count), desc="dgr", unit="iterate", delay=2, leave=False, disable=not progress) as bar:
-        yield from bar
+def _counted(count: int) -> Iterator[int]:
+    with bar(count, "dgr", "iterate") as shown:
+        for number in range(count):
+            yield number
+            shown.update()

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError, NoContributionWarning, SiteError, unknown
 from ..gates import flat, grouped, unfilled
 from ..pathways import Scores
+from ..progress import bar
 from ..responses import respond
 from ..samples import Samples, type_of_target
 from ..stacking import SiteRuns
@@ -140,7 +140,7 @@ class NeuronIntGrad(ByScore):
         errors = torch.full((samples.batch, len(network.index)), torch.nan, dtype=torch.float64, device=whole.device)
         signed: Tensor | None = None
         silent: list[str] = []
-        with tqdm(total=len(chosen) * self.steps, desc=self.key, unit="step", delay=2, leave=False) as bar:
+        with bar(len(chosen) * self.steps, self.key, "step") as shown:
             for number in chosen:
                 site = network.sites[number]
                 runs = SiteRuns(network, number, samples, target, rows // samples.batch, classes)
@@ -150,9 +150,9 @@ class NeuronIntGrad(ByScore):
                 if not runs.leads:
                     silent.append(site.name)
                     errors[:, number] = 0
-                    bar.update(self.steps)
+                    shown.update(self.steps)
                     continue
-                products = runs.activation * runs.slopes(alphas, weights, bar.update)
+                products = runs.activation * runs.slopes(alphas, weights, shown.update)
                 signed[:, site.slice] = grouped(products, site)
                 rest = runs.responses(torch.zeros_like(runs.activation))[0].double()
                 total = flat(products, site).sum(dim=1, dtype=torch.float64)

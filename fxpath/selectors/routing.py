@@ -84,7 +84,6 @@ class DGR:
 
     key: ClassVar[str] = "dgr"
     single: ClassVar[bool] = False
-    progress: ClassVar[bool] = True  # a bar on stderr, once a descent takes over two seconds
 
     preset: str = "paper"
     init: float | str = 1.0
@@ -192,7 +191,7 @@ class DGR:
         gamma = torch.full((len(start),), self.gamma, dtype=torch.float64, device=start.device)
         restarts = torch.zeros(len(start), dtype=torch.int32, device=start.device)
         schedule = Schedule(self.lr, self.momentum, self.gamma, self.iterations)
-        found = descend(network, ground, index, start, reference, schedule, progress=self.progress)
+        found = descend(network, ground, index, start, reference, schedule)
         hopeful = reference.defined & torch.isfinite(found.divergence[:, 0])
         while self.init == "r" and schedule.pull >= _NEGLIGIBLE:
             again = hopeful & (found.iterate < 0)
@@ -201,7 +200,7 @@ class DGR:
             restarts[again] += 1
             schedule = replace(schedule, gamma=self.gamma / 10 ** int(restarts.max()))
             gamma[again] = schedule.gamma
-            now = descend(network, ground, index, start, reference, schedule, progress=self.progress)
+            now = descend(network, ground, index, start, reference, schedule)
             found = found.replaced(again, now)
         return found, gamma, restarts
 
