@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import InputError
-from .neurons import Site
+from .neurons import NeuronIndex, Site
+from .pathways import Scores
+from .ranks import rank_correlation
 from .samples import Samples, type_of_target
 from .selectors.baselines import generator_of
 from .stacking import SiteRuns
@@ -71,7 +74,9 @@ def _numbers(network: Network, neurons: Any, batch: int) -> npt.NDArray[np.int64
 
 def _of_some(network: Network, samples: Samples, numbers: npt.NDArray[np.int64], max_batch: int, bar: Any) -> Tensor:
     with torch.no_grad():
-        target = network._resolve(network(samples), samples)
+        output = network(samples)
+        target, logits = network._resolve(output, samples), network.response.logits(output)
+    classes = None if logits is None else logits.shape[1]
     found: Tensor | None = None
     starts = np.array([site.start for site in network.sites])
     homes = np.searchsorted(starts, numbers, side="right") - 1
@@ -80,7 +85,7 @@ def _of_some(network: Network, samples: Samples, numbers: npt.NDArray[np.int64],
         most = max(map(len, columns))
         if not most:
             continue
-        runs = SiteRuns(network, number, samples, target, max_batch // samples.batch)
+        runs = SiteRuns(network, number, samples, target, max_batch // samples.batch, classes)
         if found is None:
             found = runs.activation.new_zeros(numbers.shape)
         if not runs.leads:
@@ -99,18 +104,18 @@ def _of_some(network: Network, samples: Samples, numbers: npt.NDArray[np.int64],
 def _ablated(runs: SiteRuns, site: Site, local: npt.NDArray[np.int64]) -> Tensor:
     """Φ(x) − Φ(x; a_j ← 0), `(B, n)`, of a site's own numbers; −1 leaves the sample as it is.
 
-    Φ(x) comes from a copy in the same stack, so that the two differ by the neuron alone.
+    Φ(x) comes from a copy that is run alike, in the same stack where there are stacks, so that the two differ by the
+    neuron alone.
     """
     batch, most = local.shape
-    room = max(runs.copies - 1, 1)
+    alone = runs.copies <= 2  # a stack of two would answer Φ(x) again for every neuron
+    room = most if alone else runs.copies - 1
     found = []
     for first in range(0, most, room):
-        some = local[:, first : first + room]
-        if runs.copies == 1:
-            some = np.concatenate([np.full((batch, 1), -1), some], axis=1)
-            values = torch.cat([runs.responses(_without(runs.activation, site, column)) for column in some.T])
+        columns = [np.full(batch, -1), *local[:, first : first + room].T]
+        if alone:
+            values = torch.cat([runs.responses(_without(runs.activation, site, column)) for column in columns])
         else:
-            columns = [np.full(batch, -1), *some.T]
             values = runs.responses(torch.cat([_without(runs.activation, site, column) for column in columns]))
         found.append(values[:1] - values[1:])
     return torch.cat(found).T
@@ -134,7 +139,7 @@ def _without(activation: Tensor, site: Site, column: npt.NDArray[np.int64]) -> T
 def sample_active(network: Network, active: Tensor, names: Sequence[int | str], per_site: int, seed: int) -> Tensor:
     """Numbers of active neurons `(B, sites · per_site)`, as many from every site, drawn by (seed, sample id).
 
-    Where a site has fewer, some of its neurons are drawn twice; a site without any gives its first.
+    Where a site has fewer, all of them are there, some twice or more; a site without any gives its first.
     """
     chosen = np.empty((active.shape[0], len(network.index), per_site), dtype=np.int64)
     rows = active.cpu().numpy()
@@ -143,5 +148,58 @@ def sample_active(network: Network, active: Tensor, names: Sequence[int | str], 
         for number, site in enumerate(network.sites):
             alive = np.flatnonzero(rows[row, site.slice])
             pool = alive if alive.size else np.zeros(1, dtype=np.int64)
-            chosen[row, number] = site.start + generator.choice(pool, per_site, replace=pool.size < per_site)
+            drawn = generator.choice(pool, min(per_site, pool.size), replace=False)
+            chosen[row, number] = site.start + np.resize(drawn, per_site)
     return torch.from_numpy(chosen.reshape(len(chosen), -1)).to(active.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """Some active neurons of every sample and what each contributes exactly, for scores to be held against.
+
+    For each sample `numbers` `(n,)` int64, distinct and ascending, and `contributions` `(n,)` float64,
+    |Φ(x) − Φ(x; a_j ← 0)|, both on the host.
+    """
+
+    index: NeuronIndex
+    numbers: tuple[Tensor, ...]
+    contributions: tuple[Tensor, ...]
+
+    @classmethod
+    def sampled(
+        cls, network: Network, samples: Samples, active: Tensor, per_site: int, *, seed: int = 0, max_batch: int = 16
+    ) -> Diagnosis:
+        """Ablate at most `per_site` active neurons of every site, drawn by (seed, sample id) as `sample_active` does.
+
+        `active` `(B, N)` bool says which are; a neuron that is drawn twice counts once, and a site without any has
+        none. Each sample is run on its own, at most `max_batch` rows at once, so that neighbours change no bit.
+        """
+        most = max((site.neurons for site in network.sites), default=0)
+        drawn = sample_active(network, active, samples.names, min(per_site, most), seed).cpu().numpy()
+        alive = np.take_along_axis(active.cpu().numpy(), drawn, axis=1)
+        numbers, contributions = [], []
+        for row in range(samples.batch):
+            own = np.unique(drawn[row, alive[row]])
+            found = marginal_contributions(network, samples.take([row]), own, max_batch=max_batch, progress=False)
+            numbers.append(torch.from_numpy(own))
+            contributions.append(found[0].abs().cpu().double())
+        return cls(network.index, tuple(numbers), tuple(contributions))
+
+    def correlations(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Spearman's correlation of |score| with the contributions: `(B,)` network-wide and `(B, sites)`, float64.
+
+        NaN where either is constant or has NaN, or fewer than two neurons were ablated. Contributions that differ by
+        less than the rounding of Φ are ordered by chance; a model in float64 leaves few of them.
+        """
+        bounds = torch.tensor([*(site.start for site in self.index.sites), self.index.size])
+        found = torch.full((len(self.numbers), len(bounds)), torch.nan, dtype=torch.float64)
+        by_length: dict[int, list[tuple[int, int, Tensor, Tensor]]] = {}
+        for row, (numbers, exact) in enumerate(zip(self.numbers, self.contributions, strict=True)):
+            own = scores.signed[row, numbers.to(scores.signed.device)].abs().cpu().double()
+            ends = torch.searchsorted(numbers, bounds).tolist()
+            for column, part in enumerate((slice(None), *map(slice, ends[:-1], ends[1:]))):
+                by_length.setdefault(exact[part].numel(), []).append((row, column, own[part], exact[part]))
+        for alike in by_length.values():
+            rows, columns, ours, theirs = zip(*alike, strict=True)
+            found[list(rows), list(columns)] = rank_correlation(torch.stack(ours), torch.stack(theirs))
+        return found[:, 0], found[:, 1:]

@@ -92,6 +92,7 @@ def compute(
     threads: int | None = None,
     scores: str | None = None,
     strict: bool = False,
+    diagnose: int = 0,
     thumbnails: int = 0,
     model: str = "",
     preprocessing: str = "",
@@ -103,6 +104,9 @@ def compute(
     `dataset` is map-style: `dataset[i]` is an input (tensor, tuple or dict of tensors without a batch axis) or
     `(input, label)`; `dataset.ids`, if there, names the samples. `target`: "predicted", "labels" or a class number.
     `scores` "float16" or "float32" keeps all scores too, so that any sparsity can be cut later (`Store.cut`).
+    `diagnose` > 0 ablates so many active neurons of every site and sample, each exactly, and keeps for every selector
+    with scores Spearman's correlation of |score| with |Φ(x) − Φ(x; a_j ← 0)| over them: the diagnostics
+    "ablation_correlation" `(n,)`, network-wide, and "ablation_correlation_by_site" `(n, sites)`.
 
     Finished micro-batches are part files in `<path>.parts`; a job that was stopped, by whatever means, goes on from
     them when it is started again, and every mask and number has the same bytes. `micro_batch` (default: 8, or the
@@ -117,7 +121,7 @@ def compute(
     Raises `InputError` for parameters that do not fit and `StoreError` where `path` holds another job's results.
     """
     job = Job(network, dataset, Path(path), selectors, sparsities, target, micro_batch, threads, scores, strict,
-              thumbnails, model, preprocessing, classes)  # fmt: skip
+              diagnose, thumbnails, model, preprocessing, classes)  # fmt: skip
     return _run(job, progress=progress)
 
 
@@ -126,8 +130,8 @@ def plan(network: Network, dataset: Any, path: str | os.PathLike[str], **options
     options.pop("progress", None)
     given: dict[str, Any] = {
         "selectors": DEFAULT_SELECTORS, "sparsities": DEFAULT_SPARSITIES, "target": "predicted", "micro_batch": None,
-        "threads": None, "scores": None, "strict": False, "thumbnails": 0, "model": "", "preprocessing": "",
-        "classes": (),
+        "threads": None, "scores": None, "strict": False, "diagnose": 0, "thumbnails": 0, "model": "",
+        "preprocessing": "", "classes": (),
     } | options  # fmt: skip
     return _plan(Job(network, dataset, Path(path), **given))
 
@@ -321,6 +325,7 @@ def _plan(job: Job) -> Plan:
         seconds = time.perf_counter() - started
     missing = [] if finished else sorted(set(range(job.parts)) - set(found))
     size = _stored_size(rows)
+    tables = 10 + sum(1 + len(table.columns) for table in rows.pathways.values()) + 2 * len(rows.scores)
     return Plan(
         samples=len(job.ids),
         left=sum(len(job.ids[job.rows(number)]) for number in missing),
@@ -329,7 +334,7 @@ def _plan(job: Job) -> Plan:
         keys=tuple(rows.pathways),
         micro_batch=job.recipe.micro_batch,
         threads=job.threads,
-        bytes=int(size * len(job.ids) / len(items)) + _TABLE * (10 + 11 * len(rows.pathways) + 2 * len(rows.scores)),
+        bytes=int(size * len(job.ids) / len(items)) + _TABLE * tables,
         hours=seconds * len(missing) / 3600,
     )
 

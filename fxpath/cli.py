@@ -38,6 +38,7 @@ Granularity = Annotated[str, typer.Option(help="unit or channel")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for machines on stdout")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="where to write")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
+_DIAGNOSE = "ablate some active neurons exactly, and keep the rank correlation of the scores with that"
 StoreFile = Annotated[Path, typer.Argument(help="an fxpath store (.h5)")]
 
 
@@ -135,6 +136,10 @@ def compute(
     micro_batch: Annotated[int | None, typer.Option(help="samples at a time (default 8); part of the job")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; part of the job")] = None,
     scores: Annotated[str | None, typer.Option(help="float16 or float32: keep all scores too")] = None,
+    diagnose: Annotated[bool, typer.Option("--diagnose", help=_DIAGNOSE)] = False,
+    diagnose_neurons: Annotated[
+        int | None, typer.Option(help="how many of every site (default 16); implies --diagnose")
+    ] = None,
     thumbnails: Annotated[int, typer.Option(help="size of small pictures to keep, 0 for none")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first sample that cannot be used")] = False,
@@ -146,12 +151,17 @@ def compute(
     from dataclasses import asdict
 
     from . import batch
+    from .ablation import PER_SITE
+    from .given import checked_number
     from .images import load_images
     from .selectors import parse
     from .zoo import load_model
 
     chosen = [parse(text) for text in selector or batch.DEFAULT_SELECTORS]  # before anything that takes time
     levels = numbers(sparsity) if sparsity else list(batch.DEFAULT_SPARSITIES)
+    ablated = PER_SITE if diagnose else 0
+    if diagnose_neurons is not None:
+        ablated = checked_number("--diagnose-neurons", diagnose_neurons)
     try:
         with redirect_stdout(sys.stderr):  # what a user's own module or data set prints is no JSON
             loaded = load_model(model, weights=weights)
@@ -159,7 +169,8 @@ def compute(
             network = traced(loaded, sites, granularity, response, chosen_device(device))
             options: dict[str, Any] = {
                 "selectors": chosen, "sparsities": levels, "target": target, "micro_batch": micro_batch,
-                "threads": threads, "scores": scores, "strict": strict, "thumbnails": thumbnails, "model": loaded.name,
+                "threads": threads, "scores": scores, "strict": strict, "diagnose": ablated,
+                "thumbnails": thumbnails, "model": loaded.name,
                 "preprocessing": loaded.preprocessing, "classes": loaded.classes, "progress": not quiet,
             }  # fmt: skip
             done = (batch.plan if dry_run else batch.compute)(network, dataset, output, **options)
@@ -214,9 +225,11 @@ def numbers(texts: Sequence[str]) -> list[float]:
 @app.command()
 def info(store: StoreFile, as_json: Json = False) -> None:
     """What a store holds."""
+    from .analysis import ablation_correlations
     from .store import open_store
 
     with open_store(store) as opened:
+        diagnosed = ablation_correlations(opened)
         header, table = opened.header, opened.samples()
         data = {
             "file": str(store), "bytes": store.stat().st_size, "model": header.model, "fingerprint": header.fingerprint,
@@ -228,11 +241,14 @@ def info(store: StoreFile, as_json: Json = False) -> None:
             "versions": json.loads(header.versions or "{}"),
         }  # fmt: skip
     if as_json:
-        answer(data)
+        answer(data | ({"ablation_correlation": diagnosed} if diagnosed else {}))
         return
     for name, value in data.items():
         shown_value = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         say(f"{name:>14}  {', '.join(value) if isinstance(value, list) else shown_value}")
+    if diagnosed:
+        means = ", ".join(f"{family} {mean:.3f}" for family, mean in diagnosed.items())
+        say(f"{'ablation':>14}  mean rank correlation of scores: {means}")
     for name, status in table.loc[table["status"] != "ok", ["id", "status"]].head(10).itertuples(index=False):
         say(f"  not computed: {name}: {status}")
 
@@ -248,11 +264,13 @@ def merge(
 
 
 SUMMARY = ("store", "key", "samples", "density", "dead_share", "response_share", "class_kept", "dropped_share")
+DIAGNOSED = ("ablation_correlation",)  # only of jobs with --diagnose
 
 
 def summary_text(table: pd.DataFrame) -> str:
     """The columns of a summary that fit a terminal."""
     columns = [name for name in SUMMARY if name in table.columns]
+    columns += [name for name in DIAGNOSED if name in table.columns and table[name].notna().any()]
     return shown(table[columns])
 
 

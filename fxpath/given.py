@@ -50,10 +50,10 @@ def checked_ids(dataset: Any) -> list[str]:
     return ids
 
 
-def checked_number(name: str, value: Any) -> int:
-    """A whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}: expected a whole number of at least 1, found {value!r}")
+def checked_number(name: str, value: Any, least: int = 1) -> int:
+    """A whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name}: expected a whole number of at least {least}, found {value!r}")
     return value
 
 

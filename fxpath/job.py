@@ -83,6 +83,7 @@ class Job:
         threads: int | None,
         scores: str | None,
         strict: bool,
+        diagnose: int,
         thumbnails: int,
         model: str,
         preprocessing: str,
@@ -110,6 +111,7 @@ class Job:
                 self.asked or checked_number("micro_batch", known.get("micro_batch")),
                 scores,
                 strict,
+                checked_number("diagnose", diagnose, 0),
             )
         )
 
@@ -196,7 +198,7 @@ class Job:
             "parts": self.parts,
             "place": self.place,
             "outputs": self.outputs,
-        }
+        } | ({"diagnose": recipe.diagnose} if recipe.diagnose else {})
         data: dict[str, Any] = json.loads(json.dumps(record))  # a tuple becomes a list, as it will when read back
         return data
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Subset
 
+from .ablation import Diagnosis
 from .answers import Original
 from .errors import FxpathError, InputError, SampleError
 from .keys import PathwayKey
@@ -51,6 +52,7 @@ class Recipe:
     micro_batch: int = 8
     scores: str | None = None  # float16 | float32
     strict: bool = False
+    diagnose: int = 0  # active neurons of every site and sample that are ablated
 
     def columns(self) -> list[tuple[str, Selector, float | None]]:
         """Every pathway key with its selector and sparsity, in the order of the store."""
@@ -253,16 +255,22 @@ class _Filling:
         samples = replace(samples, target=original.target)
         count = len(good)
         self._note_original(original, good)
+        diagnosis: Diagnosis | None = None
         for selector in recipe.selectors:
             started = time.perf_counter()
             selection = selector.select(network, samples, recipe.sparsities)
             seconds = (time.perf_counter() - started) / count
             own = str(family(selector))
+            diagnostics = selection.diagnostics
+            if recipe.diagnose and selection.scores is not None:
+                diagnosis = diagnosis or self._diagnosis(samples, original, count)
+                names = ("ablation_correlation", "ablation_correlation_by_site")
+                diagnostics = diagnostics | dict(zip(names, diagnosis.correlations(selection.scores), strict=True))
             for sparsity in dict.fromkeys((*selection.pathways, *selection.missing)):
                 columns = self.tables[_key(own, sparsity)].columns
                 if sparsity in selection.pathways:
                     self._note_pathways(columns, samples, original, selection.pathways[sparsity], good, seconds)
-                for name, values in {**selection.diagnostics, **selection.by_sparsity.get(sparsity, {})}.items():
+                for name, values in {**diagnostics, **selection.by_sparsity.get(sparsity, {})}.items():
                     self._diagnostic(columns, name, values[:count].cpu().numpy(), good)
                 self._note_missing(columns, selection.reasons(sparsity, samples.batch), good)
             if own in self.scores and selection.scores is not None:
@@ -272,6 +280,11 @@ class _Filling:
         if self.recipe.target == "labels":
             return [item.label for item in items]
         return None if self.recipe.target == "predicted" else int(self.recipe.target)
+
+    def _diagnosis(self, samples: Samples, original: Original, count: int) -> Diagnosis:
+        recipe, real = self.recipe, samples.take(range(count))  # not what fills a short batch
+        active = original.active[:count]
+        return Diagnosis.sampled(self.network, real, active, recipe.diagnose, max_batch=recipe.micro_batch)
 
     def _note_original(self, original: Original, good: Sequence[int]) -> None:
         rows, count = list(good), len(good)

@@ -18,6 +18,7 @@ except ImportError:  # only POSIX has it; elsewhere nothing keeps two processes 
     fcntl = None  # type: ignore[assignment]
 
 _RECORD = "job.json"
+_UNSAID: dict[str, Any] = {"diagnose": 0}  # what a record that does not name it has
 
 
 def parts_folder(path: Path) -> Path:
@@ -144,12 +145,13 @@ def record_of(path: Path) -> dict[str, Any]:
 
 def require_same(ours: dict[str, Any], theirs: dict[str, Any], where: str, way_out: str) -> None:
     """Raise `StoreError` that names what differs between two jobs."""
-    differing = [name for name in ours if name != "parts" and theirs.get(name) != ours[name]]
+    here, there = _UNSAID | ours, _UNSAID | theirs
+    differing = [name for name in dict.fromkeys((*ours, *_UNSAID)) if name != "parts" and there.get(name) != here[name]]
     if differing:
         shown = "; ".join(
             "other samples, or in another order"
             if name == "ids"
-            else f"{name}: there {_brief(theirs.get(name))}, here {_brief(ours[name])}"
+            else f"{name}: there {_brief(there.get(name))}, here {_brief(here[name])}"
             for name in differing[:4]
         )
         raise StoreError(f"compute: {where} holds the results of another job ({shown}); {way_out}")

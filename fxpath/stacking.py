@@ -101,7 +101,7 @@ class SiteRuns:
     def _answer(self, part: Cut, starts: Sequence[Tensor], copies: int, mode: int) -> tuple[Tensor, Any]:
         """Φ of copies of the batch, `(copies · B,)`, and the output."""
         with plain_attention():
-            output = part.module(*starts, *self._read(part, copies, mode), self._gates_for(copies))
+            output = part.module.forward(*starts, *self._read(part, copies, mode), self._gates_for(copies))
         output = self.network.traced.unbind(output)
         target = None if self.target is None else self.target.repeat(copies)
         return respond(self.network.response, output, target, copies * self.samples.batch), output
@@ -109,34 +109,39 @@ class SiteRuns:
     # --- whether copies may be stacked ---
 
     def _way(self, kind: int) -> tuple[int, int]:
-        """From where runs start, `WHOLE` or `TAIL`, and how they are stacked; found by a trial, once a network."""
-        most = min(self._asked, 2)
-        found = self._parts.found
-        if (kind, most) not in found:
+        """From where runs start, `WHOLE` or `TAIL`, and how they are stacked; found by a trial, once a batch size.
+
+        Where the response does not depend on α a trial tells nothing, and it is tried again with the next batch.
+        """
+        most, found = min(self._asked, 2), self._parts.found
+        key = kind, most, self.samples.batch
+        if key in found:
+            return found[key]
+        with torch.inference_mode(False), torch.no_grad():
+            alone = [self._answers(self._parts.whole, [self.activation * factor], 1, SINGLY) for factor in (1.0, 0.5)]
+            if self.leads and all(map(_close, *alone)):
+                return WHOLE, SINGLY
             wanted = [TAIL, WHOLE] if kind == TAIL and self._parts.tail is not None else [WHOLE]
             modes = [] if most == 1 else [REPEATED, RERUN] if self._outside else [REPEATED]
             ways = [(start, mode) for start in wanted for mode in modes] + [(start, SINGLY) for start in wanted]
-            with torch.inference_mode(False), torch.no_grad():
-                found[kind, most] = next((way for way in ways if self._sound(*way)), (WHOLE, SINGLY))
-        way: tuple[int, int] = found[kind, most]
-        return way
+            found[key] = next(way for way in ways if way == (WHOLE, SINGLY) or self._sound(way, alone))
+        return found[key]
 
-    def _sound(self, start: int, mode: int) -> bool:
-        """Whether a stack of two copies with different values, from `start`, answers as each copy does alone."""
-        if (start, mode) == (WHOLE, SINGLY):
-            return True
-        factors = [0.5] if mode == SINGLY else [1.0, 0.5]
-        whole = self._parts.whole
-        alone = [self._answers(whole, [self.activation * factor], 1, SINGLY) for factor in factors]
+    def _sound(self, way: tuple[int, int], alone: list[list[Tensor]]) -> bool:
+        """Whether copies at α = 1 and 0.5 answer as they do `alone`, from where this way starts and as it stacks."""
+        start, mode = way
+        stacks = [[1.0], [0.5]] if mode == SINGLY else [[1.0, 0.5]]
+        found = []
         try:
-            starts = self._stack(start, torch.tensor(factors))
-            stacked = self._answers(self._part(start), starts, len(factors), mode)
+            for factors in stacks:
+                starts = self._stack(start, torch.tensor(factors))
+                found.append(self._answers(self._part(start), starts, len(factors), mode))
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a graph may fail in any way on a batch size that it is not made for
             return False
-        expected = [torch.cat(answers) for answers in zip(*alone, strict=True)]
-        return all(map(_close, stacked, expected))
+        joined = [[torch.cat(answers) for answers in zip(*each, strict=True)] for each in (found, alone)]
+        return all(map(_close, *joined))
 
     def _answers(self, part: Cut, starts: Sequence[Tensor], copies: int, mode: int) -> list[Tensor]:
         value, output = self._answer(part, starts, copies, mode)

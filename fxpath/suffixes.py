@@ -63,7 +63,7 @@ class Parts:
     outside: tuple[str, ...]
     fixed: frozenset[str]
     narrow: bool
-    found: dict[tuple[int, int], Any] = field(default_factory=dict)
+    found: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
 
     def read_by(self, part: Cut, values: Mapping[str, Any]) -> list[Any]:
         """What a sub-graph reads from outside, in its order."""

@@ -424,6 +424,7 @@ DIFFERENT: list[tuple[str, dict[str, Any]]] = [
     (r"threads: there 1, here 2", {"threads": 2}),
     (r"scores: there null, here \"float16\"", {"scores": "float16"}),
     (r"thumbnails: there 0, here 8", {"thumbnails": 8}),
+    (r"diagnose: there 0, here 2", {"diagnose": 2}),
     (r"preprocessing: there \"\", here \"\{\}\"", {"preprocessing": "{}"}),
     (r"model: there \"small\", here \"large\"", {"model": "large"}),
     (r"fingerprint: there \"[0-9a-f]{56}…?.*, here \"", {"network": other_weights}),

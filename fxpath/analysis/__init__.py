@@ -4,9 +4,10 @@ from .dead import dead_by_sample, dead_share
 from .null import intersection_moments, jaccard_moments, random_active, shortfall
 from .overlap import chance_jaccard, overlap, overlap_by_sample
 from .statistics import bootstrap_interval
-from .summary import summary
+from .summary import ablation_correlations, summary
 
 __all__ = [
+    "ablation_correlations",
     "bootstrap_interval",
     "chance_jaccard",
     "dead_by_sample",
