@@ -26,6 +26,7 @@ from .merging import merge_stores
 from .microbatch import Item, collate, compute_rows, misfit, read_item, require_labels
 from .network import Network
 from .parts import deflated, write_store
+from .progress import no_bars
 from .records import (
     held,
     part_name,
@@ -177,7 +178,7 @@ def _settings(job: Job) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(job.threads)
     try:
-        with kept_memory() if job.network.device.type == "cpu" else nullcontext():
+        with kept_memory() if job.network.device.type == "cpu" else nullcontext(), no_bars():
             yield
     finally:
         torch.set_num_threads(before)

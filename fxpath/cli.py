@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,7 +124,7 @@ def compute(
     model: Model,
     images: Annotated[str, typer.Argument(help="a folder, foolbox:imagenet, or package.module:callable")],
     output: Output,
-    selector: Annotated[list[str] | None, typer.Option(help="name[:param=value,…]; may be repeated")] = None,
+    selector: Annotated[list[str] | None, typer.Option(help="name[:param=value,…]; one or more")] = None,
     sparsity: Annotated[list[str] | None, typer.Option(help="shares left out, e.g. 0.8 0.9 0.99")] = None,
     target: Annotated[str, typer.Option(help="labels, predicted, or a class number")] = "predicted",
     weights: Weights = None,
@@ -308,21 +308,22 @@ def demo(
     say(f"stores, tables and figures are in {done.folder} ({done.seconds:.0f} s)")
 
 
-def spread(arguments: Sequence[str], option: str = "--sparsity") -> list[str]:
-    """Let one `--sparsity` be followed by several numbers, as in `--sparsity 0.8 0.9 0.99`.
+def spread(arguments: Sequence[str]) -> list[str]:
+    """Let one `--sparsity` be followed by several numbers and one `--selector` by several selectors.
 
     >>> spread(["--sparsity", "0.8", "0.9", "-o", "run.h5"])
     ['--sparsity', '0.8', '--sparsity', '0.9', '-o', 'run.h5']
     """
     result: list[str] = []
-    following = False
+    option = ""
     for place, argument in enumerate(arguments):
-        if following and place and arguments[place - 1] != option and _is_number(argument):
+        before = arguments[place - 1] if place else ""
+        if option and before != option and _REPEATED[option](argument):
             result.append(option)
-        elif argument == option:
-            following = True
-        elif arguments[place - 1 : place] != [option]:
-            following = False
+        elif argument in _REPEATED:
+            option = argument
+        elif before != option:
+            option = ""
         result.append(argument)
     return result
 
@@ -333,6 +334,15 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_selector(text: str) -> bool:
+    from .selectors import names
+
+    return text.partition(":")[0] in names()
+
+
+_REPEATED: dict[str, Callable[[str], bool]] = {"--sparsity": _is_number, "--selector": _is_selector}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NETWORKS = ("squeezenet1_1", "efficientnet_lite0")
-SELECTORS = ("neuron_mct", "magnitude", "random", "active")
+SELECTORS = (
+    "neuron_mct", "neuron_intgrad", "greedy_pruning", "dgr:iterations=60", "magnitude", "random", "active",
+)  # fmt: skip
 SPARSITIES = (0.8, 0.9, 0.99)
 PHOTOS = "foolbox:imagenet"
 

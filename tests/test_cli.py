@@ -481,11 +481,12 @@ def test_demo_quick(run: Callable[..., Said], tmp_path: Path) -> None:
     lines = said.err.splitlines()
     assert lines[0] == "squeezenet1_1: top-1 4/4, top-5 4/4 on real photos"
     assert lines[1].split() == list(cli.SUMMARY)
-    assert len(lines) == 1 + 1 + 10 + 1
+    assert len(lines) == 1 + 1 + 19 + 1
     assert {"squeezenet1_1-quick.h5", "summary.csv", "fig1_dead_share.png"} <= set(files(tmp_path / "demo"))
     with fxpath.open_store(tmp_path / "demo" / "squeezenet1_1-quick.h5") as store:
-        assert (len(store), store.index.size, len(store.keys)) == (4, 2_763_104, 10)
+        assert (len(store), store.index.size, len(store.keys)) == (4, 2_763_104, 19)
         assert store.keys[0] == "neuron_mct@0.8"
+        assert "dgr:iterations=60@0.9" in store.keys  # fewer iterations than the paper's, and it says so
 
 
 @pytest.mark.slow
@@ -514,6 +515,9 @@ def test_demo(run: Callable[..., Said], tmp_path: Path) -> None:
         (["--sparsity"], ["--sparsity"]),
         (["--limit", "5", "--sparsity", "0.8"], ["--limit", "5", "--sparsity", "0.8"]),
         (["0.8", "0.9"], ["0.8", "0.9"]),
+        (["--selector", "dgr", "random:seed=3", "x"], ["--selector", "dgr", "--selector", "random:seed=3", "x"]),
+        (["--selector", "random", "photos", "active"], ["--selector", "random", "photos", "active"]),
+        (["--selector", "dgr", "--sparsity", "0.8", "dgr"], ["--selector", "dgr", "--sparsity", "0.8", "dgr"]),
         ([], []),
     ],
 )  # fmt: skip
