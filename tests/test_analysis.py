@@ -21,6 +21,7 @@ from fxpath.analysis import (
     chance_jaccard,
     dead_by_sample,
     dead_share,
+    diagnostics,
     intersection_moments,
     jaccard_moments,
     overlap,
@@ -655,3 +656,41 @@ def test_analysis_imports_neither_torch_nor_what_is_slow() -> None:
     found = {"torch", "torchvision", "pandas", "scipy", "scipy.stats", "numba", "matplotlib"} & set(loaded.split())
     assert found == set()
     assert "fxpath.analysis.null" in loaded.split()
+
+
+# --- diagnostics ---
+
+
+def test_diagnostics_are_means_over_samples(tmp_path: Path) -> None:
+    index = synthetic_index()
+    rows = synthetic_rows(index, 5, ["neuron_mct@0.9"], failed=[1])
+    nan = np.nan
+    by_site = np.full((5, len(index.sites)), 2.0)
+    by_site[2] = np.nan
+    by_site[3, 1:] = np.nan
+    by_site[3, 0] = 6.0
+    rows.pathways["neuron_mct@0.9"].columns.update(
+        {
+            "diagnostics/level": np.array([1.0, 7.0, nan, 3.0, 8.0]),  # the second sample failed
+            "diagnostics/iterate": np.array([10, 0, -1, 30, 50], dtype=np.int32),
+            "diagnostics/kept": np.array([True, False, False, True, True]),
+            "diagnostics/by_site": by_site,
+            "diagnostics/never": np.full(5, nan),
+            "diagnostics/curve": np.ones((5, 17)),
+        }
+    )
+    path = tmp_path / "run.h5"
+    write_store(path, synthetic_header(index), rows)
+    with open_store(path) as store:
+        table = diagnostics(store).set_index("diagnostic")
+        with pytest.raises(StoreError, match="neuron_mtc"):
+            diagnostics(store, "neuron_mtc@0.9")
+    assert set(table.index) == {"level", "iterate", "kept", "by_site", "never", "completeness"}  # no curve, no text
+    assert set(table["key"]) == {"neuron_mct@0.9"}
+    shown = table[["samples", "mean", "smallest", "largest"]]
+    assert shown.loc["level"].tolist() == [3, 4.0, 1.0, 8.0]
+    assert shown.loc["iterate"].tolist() == [3, 30.0, 10.0, 50.0]
+    assert shown.loc["kept"].tolist() == [4, 0.75, 0.0, 1.0]
+    assert shown.loc["by_site"].tolist() == [3, 10 / 3, 2.0, 6.0]
+    assert shown.loc["never"].isna().tolist() == [False, True, True, True]
+    assert (table.loc["level", "low"], table.loc["level", "high"]) == bootstrap_interval([1.0, 3.0, 8.0])

@@ -354,6 +354,7 @@ def test_plotting_leaves_pyplot_and_its_settings_alone() -> None:
     ("script", "written"),
     [
         ("dead_neurons", ["dead_by_site_0.9.png", "dead_neurons.csv", "dead_neurons.png", "density_by_site_0.9.png"]),
+        ("diagnostics", ["diagnostics.csv"]),
         ("overlap", ["overlap.csv", "overlap_by_site_0.9.png", "overlap_matrix_0.9.png"]),
     ],
 )

@@ -1,6 +1,7 @@
 """From a store of pathways to pandas tables: offline, without torch and without figures."""
 
 from .dead import dead_by_sample, dead_share
+from .diagnostics import diagnostics
 from .null import intersection_moments, jaccard_moments, random_active, shortfall
 from .overlap import chance_jaccard, overlap, overlap_by_sample
 from .statistics import bootstrap_interval
@@ -12,6 +13,7 @@ __all__ = [
     "chance_jaccard",
     "dead_by_sample",
     "dead_share",
+    "diagnostics",
     "intersection_moments",
     "jaccard_moments",
     "overlap",
