@@ -60,7 +60,7 @@ def resolve_target(logits: Tensor | None, target: type_of_target) -> Tensor | No
             raise InputError("target: this response knows no classes; leave the target out")
         return None
     if target is None:
-        return logits.detach().argmax(dim=1)
+        return _for_gradients(logits.detach().argmax(dim=1))
     wanted = class_numbers(target).to(logits.device)
     if wanted.numel() not in (1, logits.shape[0]):
         raise InputError(f"target: expected one class, or {logits.shape[0]}, one a sample, found {wanted.numel()}")
@@ -71,7 +71,15 @@ def resolve_target(logits: Tensor | None, target: type_of_target) -> Tensor | No
         raise InputError(
             f"target: expected a class in 0 … {logits.shape[1] - 1}, found {int(wanted[row])} (row {row} of the batch)"
         )
-    return wanted
+    return _for_gradients(wanted)
+
+
+def _for_gradients(tensor: Tensor) -> Tensor:
+    """A copy of what was made in inference mode: a backward pass may keep it."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _of_target(values: Tensor, target: Tensor | None) -> Tensor:

@@ -50,13 +50,14 @@ class SiteRuns:
         response = network.response
         single = type(response) is Logit and response.output is None and target is not None
         self._parts = parts_of(network, number, classes if single else None)
-        self._wanted = _padded(target) if self._parts.narrow and target is not None else None
+        self._wanted = None
+        with torch.inference_mode(False):
+            if self._parts.narrow and target is not None:
+                self._wanted, self.target = _padded(target), torch.arange(samples.batch, device=samples.device)
+            activation, outside = before(network, self._parts, samples, self._wanted)
+            self.activation = _laid_out(activation)
+            self._outside = {name: _laid_out(value) for name, value in outside.items()}
         self.leads = self._parts.leads
-        if self._parts.narrow:
-            self.target = torch.arange(samples.batch, device=samples.device)
-        activation, outside = before(network, self._parts, samples, self._wanted)
-        self.activation = _laid_out(activation)
-        self._outside = {name: _laid_out(value) for name, value in outside.items()}
         self._repeated: tuple[tuple[int, int], dict[str, Any]] = (1, REPEATED), self._outside
         self._gates: tuple[int, Gates | None] = 0, None
         self._asked = max(copies, 1)
@@ -163,11 +164,10 @@ class SiteRuns:
         own = {tensor.untyped_storage().data_ptr() for tensor in self.network.tensors.values()}
         kept: dict[int, int] = {}
 
-        def note(tensor: Tensor) -> Tensor:
+        def note(tensor: Tensor) -> None:  # to give the tensor back would tie it to its graph for good
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
         with torch.inference_mode(False), torch.enable_grad():
             leaf = self.activation.detach().requires_grad_()
@@ -178,19 +178,21 @@ class SiteRuns:
 
     # --- answers ---
 
+    @torch.inference_mode(False)
     def responses(self, values: Tensor) -> Tensor:
         """Φ with the site's value replaced: `values` `(n · B, …)`, copies one after another → `(n, B)`."""
         rows = self.activation.shape[0]
         mode = self._way(WHOLE)[1]
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             found = [
                 self._answer(self._parts.whole, [part], part.shape[0] // rows, mode)[0]
                 for part in _laid_out(values).split(rows * self.copies)
             ]
         return torch.cat(found).view(-1, self.samples.batch)
 
+    @torch.inference_mode(False)
     def slopes(self, alphas: Tensor, weights: Tensor, advance: Callable[[int], Any] = lambda _: None) -> Tensor:
-        """Σ_k w_k · ∂Φ/∂(α_k·a), of the shape of a, in float32 or finer.
+        """Σ_k w_k · ∂Φ/∂(α_k·a), of the shape of a; in float32 where a is coarser, and else of its type.
 
         `alphas` > 0 and `weights` are `(steps,)`; `advance` is told how many steps are done.
         """
@@ -199,7 +201,7 @@ class SiteRuns:
         pieces = -(-len(alphas) // copies)
         totals: list[Tensor | None] = []
         for some, its_weights in zip(alphas.tensor_split(pieces), weights.tensor_split(pieces), strict=True):
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.enable_grad():
                 starts = [value.requires_grad_() for value in self._stack(start, some)]
                 value, _ = self._answer(self._part(start), starts, len(some), mode)
                 seeds = its_weights.to(value).repeat_interleave(self.samples.batch)
@@ -207,10 +209,9 @@ class SiteRuns:
             sums: list[Tensor | None] = [None if slope is None else _summed(slope, len(some)) for slope in found]
             totals = [_added(a, b) for a, b in zip(totals, sums, strict=True)] if totals else sums
             advance(len(some))
-        return self._through_head(totals) if start == TAIL else self._own(totals[0] if totals else None)
-
-    def _own(self, slope: Tensor | None) -> Tensor:
-        return torch.zeros_like(self.activation) if slope is None else slope
+        slope = self._through_head(totals) if start == TAIL else totals[0] if totals else None
+        kind = torch.promote_types(self.activation.dtype, torch.float32)
+        return torch.zeros_like(self.activation, dtype=kind) if slope is None else slope.to(kind)
 
     def _head(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The last values that are affine in α, at α = 1 (differentiable in the activation given back) and at 0."""
@@ -218,7 +219,7 @@ class SiteRuns:
             head = self._parts.head
             assert head is not None
             read = self._parts.read_by(head, self._outside)
-            with torch.inference_mode(False), plain_attention():
+            with plain_attention():
                 with torch.enable_grad():
                     leaf = self.activation.detach().requires_grad_()
                     ends = list(head.module(leaf, *read, None))
@@ -234,16 +235,14 @@ class SiteRuns:
         ends, begins, _ = self._head()
         return [_spread(begin, end.detach() - begin, alphas) for end, begin in zip(ends, begins, strict=True)]
 
-    def _through_head(self, totals: Sequence[Tensor | None]) -> Tensor:
+    def _through_head(self, totals: Sequence[Tensor | None]) -> Tensor | None:
         ends, _, leaf = self._head()
         given = zip(ends, totals, strict=True) if totals else ()
         pairs = [(end, slope.to(end)) for end, slope in given if slope is not None and end.requires_grad]
         self._heads = None  # its graph is spent
         if not pairs:
-            return torch.zeros_like(leaf)
-        with torch.inference_mode(False):
-            (slope,) = torch.autograd.grad([e for e, _ in pairs], leaf, [s for _, s in pairs], allow_unused=True)
-        return self._own(slope)
+            return None
+        return torch.autograd.grad([e for e, _ in pairs], leaf, [s for _, s in pairs], allow_unused=True)[0]
 
 
 def _spread(begin: Tensor | None, slope: Tensor, alphas: Tensor) -> Tensor:

@@ -1,0 +1,310 @@
+"""Runs behind one site: copies of the batch stacked along its first axis answer as each does alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import BY_NAME, CASES, Case, Head, image, rows, tokens, traced
+from torch import Tensor, nn
+
+import fxpath
+from fxpath.gates import Restriction
+from fxpath.network import Network
+from fxpath.responses import respond
+from fxpath.samples import Samples
+from fxpath.selectors import Random
+from fxpath.stacking import SiteRuns
+
+every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def resolved(network: Network, x: Any, target: Any = None) -> tuple[Samples, Tensor | None]:
+    samples = network.samples(x, target)
+    with torch.no_grad():
+        return samples, network._resolve(network(samples), samples)
+
+
+def runs_of(network: Network, number: int, x: Any, copies: int, *, narrow: bool = False) -> SiteRuns:
+    """Runs of all logits, or, where `narrow`, of the wanted ones alone."""
+    logits = network.response.logits(network(x)) if narrow else None
+    return SiteRuns(network, number, *resolved(network, x), copies, None if logits is None else logits.shape[1])
+
+
+def alone(network: Network, number: int, x: Any) -> Callable[[Tensor], Tensor]:
+    """Φ of one value of the site, by the suffix itself."""
+    samples, target = resolved(network, x)
+    suffix = network.suffix(number)
+    _, boundary = suffix.cache(samples)
+    return lambda value: respond(network.response, suffix(value, boundary), target, samples.batch)
+
+
+def naive_slopes(network: Network, number: int, x: Any, alphas: Tensor, weights: Tensor) -> Tensor:
+    phi, (a, _) = alone(network, number, x), network.suffix(number).cache(x)
+    total = torch.zeros_like(a)
+    for alpha, weight in zip(alphas.tolist(), weights.tolist(), strict=True):
+        leaf = (alpha * a).requires_grad_()
+        value = phi(leaf)
+        slope = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
+        total += 0 if slope is None else weight * slope
+    return total
+
+
+def agrees(network: Network, x: Any, *, copies: int, narrow: bool = False) -> list[SiteRuns]:
+    """Check responses to values of all kinds, and slopes, at every site."""
+    generator = torch.Generator().manual_seed(3)
+    tolerance: dict[str, float] = {"rtol": 1e-9, "atol": 1e-12}
+    alphas, weights = torch.tensor([0.1, 0.35, 0.6, 0.9, 1.0]).double(), torch.tensor([0.3, 0.1, -0.2, 0.5, 1]).double()
+    found = []
+    for number in range(len(network.sites)):
+        runs, phi = runs_of(network, number, x, copies, narrow=narrow), alone(network, number, x)
+        a = runs.activation
+        others = [torch.randn(a.shape, dtype=a.dtype, generator=generator).relu() for _ in range(5)]
+        given = [a, 0 * a, 0.4 * a, *others]
+        with torch.no_grad():
+            expected = torch.stack([phi(value) for value in given])
+        torch.testing.assert_close(runs.responses(torch.cat(given)), expected, **tolerance)
+        torch.testing.assert_close(runs.responses(a)[0], expected[0], **tolerance)
+        slopes = naive_slopes(network, number, x, alphas, weights)
+        torch.testing.assert_close(runs.slopes(alphas, weights), slopes, **tolerance)
+        found.append(runs)
+    return found
+
+
+def depends(runs: SiteRuns) -> bool:
+    """Whether the response depends on a factor of the site's value: else a trial of stacking tells nothing."""
+    whole, half = runs.responses(runs.activation), runs.responses(runs.activation / 2)
+    return not torch.allclose(whole, half, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["all logits", "wanted logits"])
+@pytest.mark.parametrize("copies", [1, 3, 16])
+@every
+def test_stacked_runs_are_single_runs(case: Case, copies: int, narrow: bool) -> None:
+    network, x = traced(case.name), case.x(3, seed=4)
+    for runs in agrees(network, x, copies=copies, narrow=narrow):
+        assert runs.copies == copies or not depends(runs)  # nothing in these keeps copies apart
+        assert not runs.activation.requires_grad
+
+
+def test_slopes_tell_how_far_they_are() -> None:
+    network, x = traced("Concat"), BY_NAME["Concat"].x(2)
+    for copies in (1, 3, 16):
+        told: list[int] = []
+        runs_of(network, 0, x, copies).slopes(torch.rand(10) + 0.1, torch.ones(10), told.append)
+        assert sum(told) == 10
+        assert max(told) <= copies
+        assert len(told) == -(-10 // copies)
+
+
+@pytest.mark.parametrize("kind", ["masked", "frozen", "gated"])
+@pytest.mark.parametrize("name", ["Concat", "ResidualIadd", "BatchFolded", "SizeReshape", "Norms", "SqueezeExcitation"])
+def test_under_a_restriction(name: str, kind: str) -> None:
+    """Of each sample, or one for all; what changes one restriction does not stay for the next."""
+    network, x = traced(name), BY_NAME[name].x(3, seed=4)
+    for batch in (3, 1):
+        for seed in (0, 1):
+            pathways = Random(seed=seed).select(network, Samples(torch.zeros(batch, 1)), (0.4,))[0.4]
+            scale = [torch.rand(batch, *site.gate_shape, dtype=torch.float64) for site in network.sites]
+            context = {
+                "masked": lambda pathways=pathways: network.masked(pathways),
+                "frozen": lambda pathways=pathways: network.frozen(pathways, at=x),
+                "gated": lambda scale=scale: network.restricted(Restriction(scale, [None] * len(scale))),
+            }[kind]
+            with context():
+                agrees(network, x, copies=4)
+    agrees(network, x, copies=4)
+
+
+# --- what the first axis is not ready for ---------------------------------------------------------------------------
+
+
+class Mixed(Head):
+    """Each sample stands against the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.conv1, self.conv2 = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return self.head(F.softplus(h - h.mean(0, keepdim=True) / 2))
+
+
+class SizeBefore(Head):
+    """The batch size is read before the site and used behind it."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.conv, self.fc2 = nn.Conv2d(2, 3, 3), nn.Linear(27, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        h = F.relu(self.conv(x))
+        return self.fc2(F.relu(h.reshape(batch, -1) - 0.1))
+
+
+class NumberedRows(Head):
+    """The rows are picked by their numbers, which are made before the site."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.conv = nn.Conv2d(2, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.arange(x.shape[0])
+        return self.head(torch.tanh(F.relu(self.conv(x))[numbers]))
+
+
+class SkipOnAnotherAxis(nn.Module):
+    """What bypasses the site has the batch on its second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = torch.sin(x).transpose(0, 1)
+        return torch.tanh(self.fc2(F.relu(self.fc1(x)))) * skip.transpose(0, 1)
+
+
+class TableBeside(nn.Module):
+    """A table that no input changes, as long as one batch: it is the same for every copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.table = nn.Linear(4, 5), nn.Linear(5, 4), nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = (self.table * 2).sum(0, keepdim=True)
+        return self.fc2(torch.tanh(F.relu(self.fc1(x)) @ (self.table * 2).t() @ self.table + table))
+
+
+class Folded(nn.Module):
+    """Tokens are rows of the batch at the sites, and are read beside what bypasses them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 4)
+        h = self.fc2(F.relu(self.fc1(flat))) + flat
+        return self.fc3(F.relu(h).reshape(x.shape[0], -1))
+
+
+AWKWARD: dict[type[nn.Module], Callable[[int], Tensor]] = {
+    Mixed: image, SizeBefore: image, NumberedRows: image, SkipOnAnotherAxis: rows(4), TableBeside: rows(4),
+    Folded: tokens,
+}  # fmt: skip
+
+
+def awkward(kind: type[nn.Module]) -> tuple[Network, Tensor]:
+    torch.manual_seed(2)
+    model = kind().double().eval()
+    return fxpath.trace(model, AWKWARD[kind](3)), AWKWARD[kind](3)
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["all logits", "wanted logits"])
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_awkward_first_axes(kind: type[nn.Module], narrow: bool) -> None:
+    network, x = awkward(kind)
+    for copies in (1, 2, 7):
+        for runs in agrees(network, x, copies=copies, narrow=narrow):
+            assert runs.copies == (1 if kind is Mixed else copies)
+    agrees(network, x[:1], copies=5, narrow=narrow)
+
+
+def test_samples_that_see_each_other_are_not_stacked() -> None:
+    """If they were, this is how far off the answers would be."""
+    network, x = awkward(Mixed)
+    runs = runs_of(network, 0, x, 2)
+    assert runs.copies == 1
+    phi = alone(network, 0, x)
+    one = phi(runs.activation).detach()
+    suffix = network.suffix(0)
+    _, boundary = suffix.cache(x)
+    with torch.no_grad():
+        both = suffix(torch.cat([runs.activation, 0 * runs.activation]), boundary)
+    target = network.original(x).target
+    stacked = both[:3].gather(1, target.unsqueeze(1)).squeeze(1)
+    assert float((stacked - one).abs().max()) > 1e-3
+    assert torch.equal(runs.responses(torch.cat([runs.activation, 0 * runs.activation]))[0], one)
+
+
+def test_a_dead_batch_says_nothing_of_the_next() -> None:
+    """Copies of a site that is all 0 are equal: whether they may be stacked is seen where it is not."""
+    network, x = awkward(Mixed)
+    bias = network.tensors["conv1.bias"]
+    with torch.no_grad():
+        bias -= 100
+        assert not bool(network.activations(x)[0].any())
+        runs_of(network, 0, x, 4).responses(torch.cat([runs_of(network, 0, x, 4).activation] * 2))
+        bias += 100
+    agrees(network, x, copies=4)
+
+
+# --- what a run needs -----------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_copy() -> None:
+    """By hand: behind the first ReLU a linear layer keeps the site's value, each ReLU its result."""
+    model = nn.Sequential(
+        nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 300), nn.ReLU(), nn.Linear(300, 7), nn.ReLU(), nn.Linear(7, 3)
+    ).double()
+    network = fxpath.trace(model.eval(), torch.randn(2, 6, dtype=torch.float64))
+    for batch in (1, 4):
+        needed = [runs_of(network, number, torch.randn(batch, 6).double(), 3).bytes_of_a_copy() for number in range(3)]
+        # where weights need gradients, a linear layer keeps its input too: that is the ReLU's result
+        counts = [50 + 300 + 7, 300 + 7, 7]
+        for found, count in zip(needed, counts, strict=True):
+            assert count * batch * 8 <= found <= 2 * count * batch * 8 + 64 * batch
+    assert torch.is_grad_enabled()
+
+
+def test_bytes_do_not_count_weights() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4000), nn.Linear(4000, 3)).eval()
+    network = fxpath.trace(model, torch.randn(2, 4))
+    assert runs_of(network, 0, torch.randn(1, 4), 1).bytes_of_a_copy() < 40_000  # the weights are 180 KB
+
+
+def test_whether_a_site_leads_to_the_output() -> None:
+    network, x = traced("Unused"), BY_NAME["Unused"].x(2)
+    runs = [runs_of(network, number, x, 4) for number in range(3)]
+    assert [each.leads for each in runs] == [False, False, True]
+    response = network.respond(x).detach()
+    for each in runs[:2]:
+        assert torch.equal(each.responses(torch.cat([each.activation + 1] * 3)), response.expand(3, 2))
+        assert not bool(each.slopes(torch.tensor([0.5]), torch.tensor([1.0])).any())
+
+
+def test_stacks_are_not_made_of_one_batch_for_another() -> None:
+    """Runs of different batch sizes, targets and copies on one network, in turn."""
+    network, case = traced("Concat"), BY_NAME["Concat"]
+    for batch, copies, target in ((3, 4, None), (1, 4, 2), (2, 1, [0, 3]), (3, 2, 1), (1, 1, None)):
+        x = case.x(batch, seed=batch)
+        samples, wanted = resolved(network, x, target)
+        runs = SiteRuns(network, 0, samples, wanted, copies)
+        given = [runs.activation * factor for factor in np.linspace(0, 1.5, 5)]
+        for value, found in zip(given, runs.responses(torch.cat(given)), strict=True):
+            suffix = network.suffix(0)
+            with torch.no_grad():
+                output = suffix(value, suffix.cache(x)[1])
+            assert wanted is not None
+            torch.testing.assert_close(found, output[range(batch), wanted], rtol=1e-12, atol=1e-14)
+
+
+def test_other_dtypes() -> None:
+    for kind, digits in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        case = BY_NAME["Concat"]
+        network = fxpath.trace(case.model().to(kind), case.x(3).to(kind))
+        runs = runs_of(network, 0, case.x(3).to(kind), 4)
+        exact = runs_of(traced("Concat"), 0, case.x(3), 4)
+        alphas, weights = torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5])
+        found, expected = runs.slopes(alphas, weights), exact.slopes(alphas, weights)
+        assert float((found - expected).abs().max()) < digits * float(expected.abs().max())
+        assert runs.responses(runs.activation).dtype == kind
