@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 
 from ..answers import Pass
-from ..errors import InputError, SampleError
+from ..errors import InputError, RestrictionError, SampleError
 from ..gates import Restriction, flat, grouped, unfilled
 from ..keys import checked_sparsities, exact_sparsity
+from ..memory import kept_memory
 from ..pathways import Pathways, Selection
+from ..progress import bar
 from .registry import register
+from .smallest import Scan, prune_channels
 
 if TYPE_CHECKING:
     from ..network import Network
 
-Rows = Sequence[npt.NDArray[np.floating[Any]]]
-
-_BLOCK = 131_072  # scores that are made at a time; they fit into the cache
-_SAMPLE = 8_192
 _LONGEST = 1001  # states of a descent that the diagnostics describe, at most
 _REACHED, _EXHAUSTED, _NOT_FINITE = "reached", "exhausted", "not finite"
 _SHARES = ("mask_density", "scored", "dead_share", "dead_share_scored")
@@ -66,7 +65,8 @@ class GreedyPruning:
 
     def __post_init__(self) -> None:
         given: Any = self.share
-        if isinstance(given, bool) or not isinstance(given, Real) or not 0 < float(given) < 1:
+        number = isinstance(given, Real) and not isinstance(given, bool)
+        if not (number and 0 < given < 1 and 0 < float(given) < 1):  # a whole number may be too large for a float
             raise InputError(
                 f"greedy_pruning: expected share in (0, 1), the part of all neurons that is removed at a time, found "
                 f"{given!r}; for example 0.01"
@@ -74,112 +74,24 @@ class GreedyPruning:
         object.__setattr__(self, "share", float(given))  # NumPy's floats have another repr
 
     def select(self, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
-        """Raises `SampleError` for samples whose scores in the whole network are NaN or infinite."""
+        """Pathways of the sparsities that are reached, and diagnostics.
+
+        Raises `SampleError` for samples whose scores in the whole network are NaN or infinite, `RestrictionError` in a
+        restricted network.
+        """
         levels = checked_sparsities(sparsities)
-        with torch.inference_mode(False), torch.no_grad():
+        if network._restriction is not None:
+            raise RestrictionError("greedy_pruning: the network is restricted; leave the with block first")
+        with kept_memory(), torch.inference_mode(False), torch.no_grad():
             descent = Descent(network, samples, levels, self.share)
-            for _ in descent:
-                pass
+            with bar(descent.longest, self.key, "state") as shown:
+                for _ in descent:
+                    shown.update()
             return descent.selection()
 
 
-class Workspace:
-    """Memory for `prune_smallest` on rows of sites of `sizes` neurons.
-
-    It leaves `effective`, a ≠ 0, and `scored`, s ≠ 0, `(N,)` bool; `count`, how many a ≠ 0; and `finite`, whether every
-    score is.
-    """
-
-    def __init__(self, sizes: Sequence[int], kind: npt.DTypeLike) -> None:
-        self.effective, self.scored = np.empty((2, sum(sizes)), dtype=np.bool_)
-        self.scores, self.small = np.empty(_BLOCK, dtype=kind), np.empty(_BLOCK, dtype=np.bool_)
-        self.blocks: list[list[tuple[int, slice, slice]]] = [[]]  # site, where in it, where in the block
-        self.count, self.finite = 0, True
-        used = 0
-        for site, size in enumerate(sizes):
-            first = 0
-            while first < size:
-                if used == _BLOCK:
-                    self.blocks.append([])
-                    used = 0
-                step = min(size - first, _BLOCK - used)
-                self.blocks[-1].append((site, slice(first, first + step), slice(used, used + step)))
-                first, used = first + step, used + step
-
-
-def prune_smallest(values: Rows, slopes: Rows, count: int, work: Workspace) -> npt.NDArray[np.int64]:
-    """Numbers of the `count` smallest |a · ∂Φ/∂a| that are not 0, in no order; of all of them where they are fewer.
-
-    `values` a and `slopes` ∂Φ/∂a are those of each site `(units,)`; neurons are numbered through. Of equal scores the
-    larger number is taken first: what is left is what a threshold of contributions would keep. Scores are made block
-    by block in the cache and never stored: only those below a bound, which a strided sample gives, are partitioned.
-    """
-    bound = _bound(values, slopes, count)
-    with np.errstate(all="ignore"):
-        numbers, scores = _up_to(bound, values, slopes, work)
-        if numbers.size < count and bound < np.inf:
-            numbers, scores = _up_to(np.inf, values, slopes, work)
-    if numbers.size <= count:
-        return numbers
-    threshold = np.partition(scores, count - 1)[count - 1]
-    chosen: npt.NDArray[np.int64] = numbers[scores <= threshold]
-    if chosen.size == count:
-        return chosen
-    below, tied = numbers[scores < threshold], numbers[scores == threshold]
-    return np.concatenate([below, tied[tied.size - (count - below.size) :]])
-
-
-def _bound(values: Rows, slopes: Rows, count: int) -> Any:
-    """A score that a few more than `count` should not exceed; infinity where a sample does not tell."""
-    step = sum(value.size for value in values) // _SAMPLE
-    if step < 8:
-        return np.inf
-    with np.errstate(all="ignore"):
-        sample = np.concatenate([value[::step] * slope[::step] for value, slope in zip(values, slopes, strict=True)])
-    sample = np.abs(sample[sample != 0])
-    place = int(count / step + 3 * math.sqrt(count / step) + 3)
-    return np.partition(sample, place)[place] if place < sample.size else np.inf
-
-
-def _up_to(
-    bound: Any, values: Rows, slopes: Rows, work: Workspace
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating[Any]]]:
-    """Numbers, ascending, and values of the scores that are not 0 and not above `bound`; fills the workspace."""
-    numbers, found, start = [], [], 0
-    work.count, work.finite = 0, True
-    for block in work.blocks:
-        size = block[-1][2].stop
-        scores, effective = work.scores[:size], work.effective[start : start + size]
-        for site, part, place in block:
-            value = values[site][part]
-            np.multiply(value, slopes[site][part], out=scores[place])
-            np.not_equal(value, 0, out=effective[place])
-        np.abs(scores, out=scores)
-        work.finite &= math.isfinite(scores.max())
-        work.count += int(np.count_nonzero(effective))
-        scored = np.greater(scores, 0, out=work.scored[start : start + size])
-        small = np.less_equal(scores, bound, out=work.small[:size])
-        few = np.flatnonzero(np.logical_and(small, scored, out=small))
-        found.append(scores[few])
-        numbers.append(np.add(few, start, out=few))
-        start += size
-    return np.concatenate(numbers), np.concatenate(found)
-
-
-def prune_channels(
-    scores: npt.NDArray[np.floating[Any]], count: int, weights: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Numbers of the smallest `scores` `(N,)` that are not 0, smallest first, until they weigh `count` or more.
-
-    Of equal scores the larger number is taken first.
-    """
-    live = np.flatnonzero(scores)[::-1]
-    order = live[np.argsort(scores[live], kind="stable")]
-    return order[: int(np.searchsorted(np.cumsum(weights[order]), count)) + 1]
-
-
 def _prune_on_device(scores: Tensor, count: int) -> Tensor:
-    """What `prune_smallest` finds, for scores |s| `(N,)` on an accelerator."""
+    """What `Scan.smallest` finds, for scores |s| `(N,)` on an accelerator."""
     live = int(scores.count_nonzero())
     if live <= count:
         return scores.nonzero().flatten()
@@ -212,13 +124,16 @@ class Descent:
         self.gates = unfilled((batch, index.size), torch.float32, network.device).fill_(1)
         by_site = [self.gates[:, site.slice].view(-1, *site.gate_shape) for site in index.sites]
         self.restriction = Restriction(by_site, [None] * len(by_site))
-        self.workspaces: dict[int, Workspace] = {}  # one a thread
+        self.live = np.empty((batch if self.on_host else 0, index.size), dtype=np.bool_)  # a ≠ 0 of the last state
+        self.scan: Scan | None = None
+        self.largest: dict[int, float | None] = {}  # score that a row's last removal took
 
         self.state = -1
         self.running = list(range(batch))
         self.stopped: dict[int, str] = {}
         self.remaining, self.effective = np.full((2, batch), index.units)  # |m| and |e| of the last state
-        width = min(math.ceil(1 / Fraction(exact_sparsity(share))) + 1, _LONGEST)
+        self.longest = math.ceil(1 / Fraction(exact_sparsity(share))) + 1
+        width = min(self.longest, _LONGEST)
         self.series = {name: np.full((batch, width), np.nan) for name in ("responses", "effective", "remaining")}
         self.same_class = np.full((batch, width), -1, dtype=np.int8)
         self.iterations = np.zeros(batch, dtype=np.int32)
@@ -226,14 +141,12 @@ class Descent:
         self.shares = {name: np.full((len(sparsities), batch), np.nan) for name in _SHARES}
 
     def __iter__(self) -> Iterator[Descent]:
-        self.threads = torch.get_num_threads()
-        with ThreadPoolExecutor(self.threads) as self.pool:
-            while self.running:
-                self.state += 1
-                self._run()
-                self._require_finite()
-                self.running = [row for row in self.running if row not in self.stopped]
-                yield self
+        while self.running:
+            self.state += 1
+            self._run()
+            self._require_finite()
+            self.running = [row for row in self.running if row not in self.stopped]
+            yield self
 
     def _run(self) -> None:
         """One forward and backward of the masked network; then every sample that is still running prunes or stops."""
@@ -245,7 +158,7 @@ class Descent:
                 products, run = self.network.signed_products(self.samples)
         self._note_answers(run)
         if direct:
-            self._prune_in_threads(run)
+            self._prune_on_host(run)
             return
         live = [grouped(value != 0, site) > 0 for site, value in zip(self.index, run.activations, strict=True)]
         scores, effective = products.abs_(), torch.cat(live, dim=1)
@@ -253,11 +166,11 @@ class Descent:
             finite = bool(scores[row].isfinite().all())
             if self.weights is None:
                 few = _prune_on_device(scores[row], self.count)
-                self._advance(row, finite, effective[row], scores[row] > 0, few)
+                self._advance(row, finite, effective[row], partial(torch.gt, scores[row], 0), few)
             else:
                 own = _array(scores[row].cpu())
                 channels = prune_channels(own, self.count, self.weights)
-                self._advance(row, finite, effective[row].cpu().numpy(), own > 0, channels)
+                self._advance(row, finite, effective[row].cpu().numpy(), partial(np.greater, own, 0), channels)
 
     def _require_finite(self) -> None:
         """Raise `SampleError` where the first state, the whole network, has scores that are no numbers."""
@@ -270,28 +183,18 @@ class Descent:
                 ["the scores of greedy_pruning are NaN or infinite"] * len(bad),
             )
 
-    def _prune_in_threads(self, run: Pass) -> None:
+    def _prune_on_host(self, run: Pass) -> None:
         values, slopes = (
             [_array(flat(each, site)) for site, each in zip(self.index, tensors, strict=True)]
             for tensors in (run.activations, run.gradients)
         )
-        waiting = iter(self.running)
-
-        def prune(thread: int) -> None:
-            if thread not in self.workspaces:
-                sizes = [site.neurons for site in self.index]
-                self.workspaces[thread] = Workspace(sizes, np.result_type(*values, *slopes))
-            work = self.workspaces[thread]
-            for row in waiting:
-                own = [value[row] for value in values], [slope[row] for slope in slopes]
-                chosen = prune_smallest(*own, self.count, work)
-                self._advance(row, work.finite, work.effective, work.scored, chosen)
-
-        # by_thread would leave this one idle, while PyTorch's own go on spinning for some ms and hold back the others
-        others = [self.pool.submit(prune, number) for number in range(1, min(self.threads, len(self.running)))]
-        prune(0)
-        for other in others:
-            other.result()
+        if self.scan is None:
+            self.scan = Scan([site.neurons for site in self.index], np.result_type(*values, *slopes))
+        for row in self.running:
+            own, ways = [value[row] for value in values], [slope[row] for slope in slopes]
+            live, before = self.live[row], self.largest.get(row)
+            chosen, self.largest[row] = self.scan.smallest(own, ways, self.count, live, before)
+            self._advance(row, self.scan.finite, live, partial(_scored, own, ways), chosen)
 
     def _note_answers(self, run: Pass) -> None:
         if self.state >= self.same_class.shape[1]:
@@ -302,7 +205,7 @@ class Descent:
         if logits is not None and self.prediction is not None:
             self.same_class[rows, self.state] = torch.eq(logits.argmax(dim=1), self.prediction).cpu().numpy()[rows]
 
-    def _advance(self, row: int, finite: bool, effective: Any, scored: Any, chosen: Any) -> None:
+    def _advance(self, row: int, finite: bool, effective: Any, scored: Callable[[], Any], chosen: Any) -> None:
         """Note what a sample's state is, then remove the `chosen` neurons or stop."""
         if not finite:
             self.stopped[row] = _NOT_FINITE
@@ -313,7 +216,7 @@ class Descent:
             self.series["remaining"][row, self.state] = self.remaining[row] / self.index.units
         for place, kept in enumerate(self.kept):
             if size <= kept and self.iteration[place, row] < 0:
-                self._note_reached(place, row, effective, scored)
+                self._note_reached(place, row, effective, scored())
         if bool((self.iteration[:, row] >= 0).all()):
             self.stopped[row] = _REACHED
         elif not len(chosen):
@@ -325,7 +228,7 @@ class Descent:
     def _remove(self, row: int, chosen: Any) -> None:
         self.remaining[row] -= len(chosen) if self.weights is None else self.weights[chosen].sum()
         if self.gates.device.type == "cpu":
-            self.gates.numpy()[row, chosen] = 0  # torch would start threads of its own within this one
+            self.gates.numpy()[row, chosen] = 0
         else:
             self.gates[row, torch.as_tensor(chosen, device=self.gates.device)] = 0
 
@@ -378,6 +281,12 @@ class Descent:
             why, verb = "no neuron has a non-zero score: the response has no gradient where a ≠ 0", "stays at"
         share = self.effective[row] / self.index.units
         return f"greedy pruning: {why}; |e| {verb} {share:.4f} of N, {1 - exact_sparsity(sparsity)} was asked for"
+
+
+def _scored(values: Sequence[Any], slopes: Sequence[Any]) -> Any:
+    """Which scores are not 0, `(N,)`."""
+    with np.errstate(all="ignore"):
+        return np.concatenate([a * slope != 0 for a, slope in zip(values, slopes, strict=True)])
 
 
 def _array(values: Tensor) -> npt.NDArray[Any]:
