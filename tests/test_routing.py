@@ -131,7 +131,7 @@ def naive(model: Any, x: Tensor, shapes: list[torch.Size], start: Tensor, settin
     for restart in range(20):
         gamma = setting.gamma / 10**restart
         found = replace(naive_once(model, x, shapes, start, setting, gamma), gamma=gamma, restarts=restart)
-        if found.iterate >= 0 or setting.init != "r" or setting.lr * gamma * setting.iterations < 5e-4 * 0.1:
+        if found.iterate >= 0 or setting.init != "r" or setting.lr * gamma * setting.iterations < 0.05 * 0.1:
             break
     return found
 
@@ -230,7 +230,7 @@ def test_the_settings_above_reach_every_corner(network: Network, x: Tensor) -> N
     assert bool(((iterates > 0) & (iterates < lengths)).any())
     assert bool((iterates == -1).any())
     restarts = found["from random gates"].diagnostics
-    assert restarts["restarts"].tolist() == [0, 0, 4, 1]
+    assert restarts["restarts"].tolist() == [0, 0, 2, 1]
     assert restarts["keeps_class"].tolist() == [True, True, False, True]
 
 
@@ -386,8 +386,8 @@ def test_gamma_is_divided_until_an_iterate_keeps_the_class(biased: Network) -> N
     higher = replace_numbers(setting, gamma=10 / 10 ** (restarts[0] - 1), init=0.2).optimise(biased, x[:1])
     assert higher.diagnostics["iterate"].tolist() == [-1]
     never = replace_numbers(setting, lr=1e-4).optimise(biased, x[:1], init[:1])
-    assert never.diagnostics["restarts"].tolist() == [3]  # 10 moves a gate by 0.06 at most, 0.01 by 0.00006
-    assert never.diagnostics["gamma"].tolist() == [0.01]
+    assert never.diagnostics["restarts"].tolist() == [1]  # 10 moves a gate by 0.06 at most, 1 by 0.006
+    assert never.diagnostics["gamma"].tolist() == [1]
     assert never.reasons == ("no iterate kept the class",)
     assert DGR(init="r", gamma=0, lr=1e-4, iterations=2).optimise(biased, x[:1], init[:1]).diagnostics[
         "restarts"

@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, type_of_parameter]] = {
     "wang2018": {"lr": 0.1, "momentum": 0.9, "gamma": 0.05, "iterations": 30, "per_channel": True},
 }
 _OWN = "custom"
-_NEGLIGIBLE = 5e-4  # a penalty that moves no gate further than this is as good as none
+_NEGLIGIBLE = 0.05  # a penalty that moves no gate further than this is as good as none
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class DGR:
     on: a constant, or "r" for U(0, 1) seeded by (seed, sample id). n iterations are n steps and n + 1 iterates; kept
     is the first iterate of the lowest total loss among those whose argmax is the original network's, the initial gates
     included. Under "r", while none is, γ is divided by 10 and the descent starts again from the same initial gates,
-    until the penalty alone moves no gate by 0.0005 any more (with the paper's numbers 4 times). p is the original
+    until the penalty alone moves no gate by 0.05 any more (with the paper's numbers twice). p is the original
     network's whole distribution, so a target changes nothing. For a response without classes the loss is
     (Φ − Φ_gated)²/Φ² + γ·Σλ, and |Φ − Φ_gated| ≤ tolerance·|Φ| takes the argmax's place.
 
