@@ -17,13 +17,13 @@ from .gates import Gates, Restriction
 from .responses import Logit, respond
 from .rewriting import Cut
 from .samples import Samples
-from .suffixes import before, parts_of
+from .suffixes import before, outside, parts_of
 from .tracing import plain_attention
 
 if TYPE_CHECKING:
     from .network import Network
 
-SINGLY, REPEATED, RERUN = 0, 1, 2  # one copy at a time; what the graph reads from outside repeated; or computed anew
+SINGLY, REPEATED, RERUN = 0, 1, 2  # one copy at a time; tensors that are read from outside repeated; or all anew
 _BLOCK = 16  # rows of a last layer that are computed at a time, alike
 WHOLE, TAIL = 0, 1  # from the site itself, or from the last values that are affine in α
 
@@ -54,9 +54,9 @@ class SiteRuns:
         with torch.inference_mode(False):
             if self._parts.narrow and target is not None:
                 self._wanted, self.target = _padded(target), torch.arange(samples.batch, device=samples.device)
-            activation, outside = before(network, self._parts, samples, self._wanted)
+            activation, values = before(network, self._parts, samples, self._wanted)
             self.activation = _laid_out(activation)
-            self._outside = {name: _laid_out(value) for name, value in outside.items()}
+            self._outside = {name: _laid_out(value) for name, value in values.items()}
         self.leads = self._parts.leads
         self._repeated: tuple[tuple[int, int], dict[str, Any]] = (1, REPEATED), self._outside
         self._gates: tuple[int, Gates | None] = 0, None
@@ -70,15 +70,14 @@ class SiteRuns:
         if copies == 1:
             return self._parts.read_by(part, self._outside)
         if self._repeated[0] != (copies, mode):
-            if mode == RERUN:
-                rows = list(range(self.samples.batch)) * copies
-                found = before(self.network, self._parts, self.samples.take(rows), self._wanted)[1]
-                found = {name: _laid_out(value) for name, value in found.items()}
-            else:
-                found = {
-                    name: value if name in self._parts.fixed else _repeated(value, copies)
-                    for name, value in self._outside.items()
-                }
+            parts, values = self._parts, self._outside
+            varying = [name for name in values if name not in parts.fixed]
+            anew = [name for name in varying if mode == RERUN or not isinstance(values[name], Tensor)]
+            found = {name: _repeated(value, copies) if name in varying else value for name, value in values.items()}
+            if anew:  # among them numbers, which may be batch sizes
+                samples = self.samples.take(list(range(self.samples.batch)) * copies)
+                more = outside(self.network, parts, tuple(anew), samples, self._wanted)
+                found |= {name: _laid_out(value) for name, value in more.items()}
             self._repeated = (copies, mode), found
         return self._parts.read_by(part, self._repeated[1])
 

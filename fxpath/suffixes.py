@@ -55,6 +55,7 @@ class Parts:
     output holds the wanted classes alone. `found` is what trials found of stacking.
     """
 
+    source: fx.GraphModule
     before: fx.GraphModule
     whole: Cut
     head: Cut | None
@@ -64,6 +65,14 @@ class Parts:
     fixed: frozenset[str]
     narrow: bool
     found: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
+    some: dict[tuple[str, ...], fx.GraphModule] = field(default_factory=dict)
+
+    def only(self, names: tuple[str, ...]) -> fx.GraphModule:
+        """A graph that gives some of what is read from outside, and runs no more than these need."""
+        if names not in self.some:
+            nodes = {node.name: node for node in self.source.graph.nodes}
+            self.some[names] = prefix(self.source, {name: nodes[name] for name in names})
+        return self.some[names]
 
     def read_by(self, part: Cut, values: Mapping[str, Any]) -> list[Any]:
         """What a sub-graph reads from outside, in its order."""
@@ -107,7 +116,7 @@ def _made(network: Network, number: int, restricted: bool, classes: int | None) 
     inputs = {each for each in by_name.values() if each.op == "placeholder" and each.target not in own_inputs}
     fixed = frozenset(name for name in outside if not inputs & {by_name[name], *ancestors([by_name[name]])})
     before = prefix(module, {"site": node} | {name: by_name[name] for name in outside})
-    return Parts(before, whole, head, tail, bool(edge), tuple(outside), fixed, narrower)
+    return Parts(module, before, whole, head, tail, bool(edge), tuple(outside), fixed, narrower)
 
 
 def before(
@@ -117,8 +126,18 @@ def before(
 
     `wanted` are the classes that narrow parts give.
     """
+    activation, *rest = _run(network, parts, parts.before, samples, wanted)
+    return activation, dict(zip(parts.outside, rest, strict=True))
+
+
+def outside(
+    network: Network, parts: Parts, names: tuple[str, ...], samples: Samples, wanted: Tensor | None = None
+) -> dict[str, Any]:
+    """Some of the values that what follows reads from outside, by name."""
+    return dict(zip(names, _run(network, parts, parts.only(names), samples, wanted), strict=True)) if names else {}
+
+
+def _run(network: Network, parts: Parts, graph: fx.GraphModule, samples: Samples, wanted: Tensor | None) -> Any:
     gates = None if network._restriction is None else Gates(network.index, network._restriction)
     with torch.inference_mode(False), torch.no_grad(), plain_attention():
-        inputs = [*network.traced.bind(samples), gates, *([wanted] if parts.narrow else [])]
-        activation, *rest = parts.before(*inputs)
-    return activation, dict(zip(parts.outside, rest, strict=True))
+        return graph(*network.traced.bind(samples), gates, *([wanted] if parts.narrow else []))
