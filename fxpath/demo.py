@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NETWORKS = ("squeezenet1_1", "efficientnet_lite0")
 SELECTORS = (
-    "neuron_mct", "neuron_intgrad", "greedy_pruning", "dgr:iterations=60", "magnitude", "random", "active",
+    "neuron_mct", "neuron_intgrad:steps=20", "greedy_pruning", "dgr:iterations=60", "magnitude", "random", "active",
 )  # fmt: skip
 SPARSITIES = (0.8, 0.9, 0.99)
 PHOTOS = "foolbox:imagenet"
