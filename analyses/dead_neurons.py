@@ -17,7 +17,7 @@ from fxpath.labels import store_names
 from fxpath.plotting import dead_by_site_figure, dead_figure, density_by_site_figure, save
 from fxpath.store import open_store
 
-SHARES = ["dead_share", "low", "high", "switched_on_share", "still_dead_share", "base_rate"]
+SHARES = ["dead_share", "low", "high", "switched_on_share", "still_dead_share", "base_rate", "null_mean", "z"]
 
 
 def main() -> None:
@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
     joined = pd.concat(tables, names=["store", "row"]).reset_index("store")
     shown = joined[joined["site_number"] < 0][["store", "key", "samples", "density", *SHARES]]
     print(shown.to_string(index=False, float_format="{:.4f}".format))
+    print("null_mean, z: against random neurons, as many of each site; of RandomActive neurons none is dead")
     levels = sorted(joined["sparsity"].dropna().unique())
     written = [save_table(joined, options.output / "dead_neurons.csv")]
     if levels:

@@ -658,6 +658,40 @@ def test_analysis_imports_neither_torch_nor_what_is_slow() -> None:
     assert "fxpath.analysis.null" in loaded.split()
 
 
+# --- the null of dead shares ---
+
+
+def test_dead_share_against_random_neurons(tmp_path: Path) -> None:
+    """Drawn many times: the mean and spread of the dead share of as many random neurons of each site."""
+    index = synthetic_index()
+    rows = synthetic_rows(index, 3, ["random@0.8"])
+    path = tmp_path / "run.h5"
+    write_store(path, synthetic_header(index), rows)
+    with open_store(path) as store:
+        table = dead_share(store)
+        alive = index.unpack(store.active())
+        kept = index.count_by_site(store.packed("random@0.8"))
+    rng = np.random.default_rng(0)
+    draws = np.empty((4000, 1 + len(index.sites)))
+    for number in range(len(draws)):
+        shares = []
+        for sample in range(3):
+            dead = [
+                int((~rng.permutation(alive[sample, site.slice])[:own]).sum())
+                for site, own in zip(index.sites, kept[sample], strict=True)
+            ]
+            with np.errstate(invalid="ignore"):
+                shares.append(np.array([sum(dead), *dead]) / np.array([kept[sample].sum(), *kept[sample]]))
+        draws[number] = np.nanmean(shares, axis=0)
+    errors = draws.std(axis=0) / np.sqrt(len(draws))
+    assert (np.abs(draws.mean(axis=0) - table["null_mean"]) < 5 * errors + 1e-12).all()
+    np.testing.assert_allclose(table["null_sd"], draws.std(axis=0), rtol=0.1, atol=1e-12)
+    z = (table["dead_share"] - table["null_mean"]) / table["null_sd"]
+    known = table["null_sd"] > 0
+    np.testing.assert_allclose(table["z"][known], z[known])
+    assert table["z"][~known].isna().all()
+
+
 # --- diagnostics ---
 
 

@@ -40,8 +40,10 @@ def dead_share(
     Columns: key, selector, sparsity, site, site_number, neurons; `samples` whose share is not missing; means over
     samples of `kept` (neurons of the pathway), `density` (kept / neurons), `dead_share` (dead kept / kept),
     `switched_on_share` and `still_dead_share` (its two parts; NaN in a store without `live`) and `base_rate` (dead
-    neurons / neurons); `low` and `high`, the bootstrap 95 % interval of a network row's dead share. Kept, density and
-    base rate are over all samples with this pathway, empty ones too. Memory does not grow with samples.
+    neurons / neurons); `low` and `high`, the bootstrap 95 % interval of a network row's dead share. `null_mean` and
+    `null_sd` are mean and standard deviation of the mean dead share of random neurons, as many of each site as the
+    pathway has, and `z` = (mean dead share − null_mean) / null_sd; of RandomActive neurons none is dead. Kept, density
+    and base rate are over all samples with this pathway, empty ones too. Memory does not grow with samples.
 
     Raises `StoreError` for an unknown key, for a store without a sample that is ok, and where `live` counts more
     neurons than are dead.
@@ -60,6 +62,7 @@ def dead_share(
         found = sums[key]
         low, high = bootstrap_interval(np.concatenate(shares[key]), seed=seed)
         rows = len(sites["site"])
+        null_sd = share(np.sqrt(found.total("null_variance")), found.count("dead_share").astype(np.float64))
         tables.append(
             pd.DataFrame(
                 {
@@ -72,6 +75,9 @@ def dead_share(
                     **{name: found.mean(name) for name in _SHARES},
                     "low": [low] + [np.nan] * (rows - 1),
                     "high": [high] + [np.nan] * (rows - 1),
+                    "null_mean": found.mean("null_mean"),
+                    "null_sd": null_sd,
+                    "z": share(found.mean("dead_share") - found.mean("null_mean"), null_sd),
                 }
             )
         )
@@ -126,7 +132,8 @@ def _measured(
 ) -> Iterator[tuple[str, npt.NDArray[np.int64], dict[str, Floats]]]:
     """Key, rows of its usable samples `(m,)` and arrays `(m, 1 + sites)`, block after block."""
     index = store.index
-    neurons = with_network(np.array([[site.neurons for site in index.sites]]))
+    of_site = np.array([[site.neurons for site in index.sites]], dtype=np.float64)
+    neurons = with_network(of_site)
     for rows, ok in blocks(store, "dead share", block_bytes=block_bytes, progress=progress):
         active = store.active(rows)
         dead_at_all = neurons - with_network(index.count_by_site(active))
@@ -142,6 +149,10 @@ def _measured(
                 "dead_share": share(dead, kept),
                 "base_rate": share(dead_at_all[use], neurons),
             }
+            rate, own = (dead_at_all[use] / neurons)[:, 1:], kept[:, 1:]
+            spread = own * rate * (1 - rate) * share(of_site - own, np.maximum(of_site - 1, 1))
+            measured["null_mean"] = share(with_network(own * rate), kept)
+            measured["null_variance"] = share(with_network(spread), kept**2)
             switched = live(store, key, rows)
             on = np.full_like(kept, np.nan) if switched is None else with_network(switched[use])
             if bool(np.any(on > dead)):
