@@ -16,9 +16,10 @@ from .errors import InputError
 from .neurons import NeuronIndex, Site
 from .pathways import Scores
 from .ranks import rank_correlation
+from .responses import respond
 from .samples import Samples, type_of_target
 from .selectors.baselines import generator_of
-from .stacking import SiteRuns
+from .stacking import SiteRuns, resolved
 
 if TYPE_CHECKING:
     from .network import Network
@@ -73,11 +74,9 @@ def _numbers(network: Network, neurons: Any, batch: int) -> npt.NDArray[np.int64
 
 
 def _of_some(network: Network, samples: Samples, numbers: npt.NDArray[np.int64], max_batch: int, bar: Any) -> Tensor:
-    with torch.no_grad():
-        output = network(samples)
-        target, logits = network._resolve(output, samples), network.response.logits(output)
-    classes = None if logits is None else logits.shape[1]
-    found: Tensor | None = None
+    output, target, classes = resolved(network, samples)
+    response = respond(network.response, output, target, samples.batch).detach()
+    found = response.new_zeros(numbers.shape)
     starts = np.array([site.start for site in network.sites])
     homes = np.searchsorted(starts, numbers, side="right") - 1
     for number, site in enumerate(network.sites):
@@ -86,8 +85,6 @@ def _of_some(network: Network, samples: Samples, numbers: npt.NDArray[np.int64],
         if not most:
             continue
         runs = SiteRuns(network, number, samples, target, max_batch // samples.batch, classes)
-        if found is None:
-            found = runs.activation.new_zeros(numbers.shape)
         if not runs.leads:
             bar.update(sum(map(len, columns)))
             continue
@@ -98,7 +95,7 @@ def _of_some(network: Network, samples: Samples, numbers: npt.NDArray[np.int64],
         for row, own in enumerate(columns):
             found[row, torch.from_numpy(own).to(found.device)] = answers[row, : len(own)]
             bar.update(len(own))
-    return torch.zeros(numbers.shape, device=network.device) if found is None else found
+    return found
 
 
 def _ablated(runs: SiteRuns, site: Site, local: npt.NDArray[np.int64]) -> Tensor:
@@ -129,10 +126,10 @@ def _without(activation: Tensor, site: Site, column: npt.NDArray[np.int64]) -> T
         if neuron < 0:
             continue
         if site.neurons == site.units:
-            place: Any = tuple(int(c) for c in np.unravel_index(neuron, site.shape))
+            place: tuple[Any, ...] = tuple(int(c) for c in np.unravel_index(neuron, site.shape))
         else:
             place = (*[slice(None)] * site.axis, neuron)
-        blocks[(row, *(place if isinstance(place, tuple) else (place,)))] = 0
+        blocks[(row, *place)] = 0
     return values
 
 

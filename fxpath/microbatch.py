@@ -181,7 +181,10 @@ def _key(own: str, sparsity: float | None) -> str:
 
 
 def _host(value: Tensor | None, count: int, missing: float = np.nan) -> Array:
-    return np.full(count, missing) if value is None else value.detach()[:count].cpu().numpy()
+    if value is None:
+        return np.full(count, missing)
+    value = value.detach()[:count].cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # NumPy has no bfloat16
 
 
 def compute_rows(network: Network, recipe: Recipe, items: Sequence[Item]) -> Rows:

@@ -6,6 +6,7 @@ what the later sites' suffixes compute; in most networks it is a small matrix.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .rewriting import called_module, carries_data, gate, operation
+from .rewriting import altered, called_module, carries_data, gate, operation
 from .tracing import NAME
 
 CLASSES = "fxpath_classes"  # the placeholder through which the last layer gets the wanted classes
@@ -32,7 +33,7 @@ _BY_CHANNEL_NAMES = {
 
 
 class Narrowed(nn.Module):
-    """Some rows of a layer: its outputs `classes`, `(U,)` int64."""
+    """Some rows of a layer: its outputs `classes`, `(U,)` int64, along the second axis."""
 
     def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__()
@@ -40,6 +41,8 @@ class Narrowed(nn.Module):
 
     def forward(self, value: Tensor, classes: Tensor) -> Tensor:
         layer = self.layer
+        if altered(layer):  # since the graph was made
+            return layer(value).index_select(1, classes)  # type: ignore[no-any-return]
         bias = None if layer.bias is None else layer.bias.index_select(0, classes)
         weight = layer.weight.index_select(0, classes)
         if isinstance(layer, nn.Linear):
@@ -96,15 +99,31 @@ def _last_layer(module: fx.GraphModule, classes: int) -> fx.Node | None:
     """The node that makes the classes, where all that follows it keeps them apart."""
     output = next(node for node in module.graph.nodes if node.op == "output")
     reader, current = output, output.args[0]
+    pooled: set[int] = set()  # numbers of axes that pools read
     while isinstance(current, fx.Node):
         if any(user is not reader and carries_data(user) for user in current.users):
             return None
         if (width := _width(current)) is not None:
-            return current if width == classes and _plain(current, reader, output) else None
+            axes = _axes(current)
+            fits = pooled <= {axes} if axes else _pointwise_to(reader, output)  # a linear layer's classes come last
+            return current if width == classes and fits else None
         if not _keeps_apart(current):
+            return None
+        axes = _axes(current)
+        if axes:
+            pooled.add(axes)
+        elif pooled and _drops_axes(current):
             return None
         reader, current = current, current.args[0] if current.args else None
     return None
+
+
+def _axes(node: fx.Node) -> int:
+    """How many axes behind the channels a convolution or a pool reads; 0 for all else."""
+    module = called_module(node)
+    name = type(module).__name__ if module is not None else operation(node) or ""
+    found = re.search(r"(?i)(?:conv|pool)_?([123])d$", name)
+    return int(found.group(1)) if found else 0
 
 
 def _width(node: fx.Node) -> int | None:
@@ -112,8 +131,7 @@ def _width(node: fx.Node) -> int | None:
     layer = called_module(node)
     if layer is not None:
         plain = type(layer) is nn.Linear or (type(layer) in _CONVOLUTIONS and layer.groups == 1)
-        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-        return int(layer.weight.shape[0]) if plain and not hooked and len(node.args) == 1 else None  # type: ignore[index]
+        return int(layer.weight.shape[0]) if plain and not altered(layer) and len(node.args) == 1 else None  # type: ignore[index]
     if node.op != "call_function" or operation(node) not in ("linear", "conv1d", "conv2d", "conv3d"):
         return None
     groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
@@ -122,13 +140,6 @@ def _width(node: fx.Node) -> int | None:
         return None
     parent, _, name = str(weight.target).rpartition(".")
     return int(getattr(module.get_submodule(parent), name).shape[0])
-
-
-def _plain(layer: fx.Node, reader: fx.Node, output: fx.Node) -> bool:
-    """Whether the classes are the second axis: a convolution's are; a linear layer's where they end the graph."""
-    module = called_module(layer)
-    linear = isinstance(module, nn.Linear) or (module is None and operation(layer) == "linear")
-    return not linear or _pointwise_to(reader, output)
 
 
 def _pointwise_to(node: fx.Node, output: fx.Node) -> bool:
@@ -143,15 +154,18 @@ def _pointwise_to(node: fx.Node, output: fx.Node) -> bool:
 def _keeps_apart(node: fx.Node) -> bool:
     """Whether a node gives one value a channel from that channel alone, or only drops axes behind the channels."""
     module = called_module(node)
+    if module is not None and altered(module):
+        return False
+    if type(module) in _BY_CHANNEL:
+        return not getattr(module, "return_indices", False)
+    return node.target is gate or operation(node) in _BY_CHANNEL_NAMES or _drops_axes(node)
+
+
+def _drops_axes(node: fx.Node) -> bool:
+    """Whether a node drops axes behind the channels and does no more."""
+    module, name = called_module(node), operation(node)
     if module is not None:
-        return (type(module) in _BY_CHANNEL and not getattr(module, "return_indices", False)) or (
-            type(module) is nn.Flatten and module.start_dim == 1
-        )
-    if node.target is gate:
-        return True
-    name = operation(node)
-    if name in _BY_CHANNEL_NAMES:
-        return True
+        return type(module) is nn.Flatten and module.start_dim == 1
     if name == "flatten":
         return bool(_argument(node, 1, "start_dim", 0) == 1)
     if name in ("view", "reshape"):  # to (B, rest)

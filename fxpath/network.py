@@ -108,7 +108,7 @@ class Network:
         self._order = tuple(example.kwargs)
         self._home = example.device
         self._restriction: Restriction | None = None
-        self._parts: dict[tuple[int, bool, int | None], Parts] = {}
+        self._parts: dict[tuple[Any, ...], Parts] = {}
         self._narrowed: dict[int, tuple[fx.GraphModule, fx.Node] | None] = {}
         self.index = measured(self._module, traced.bind, example, chosen, granularity)
         self.edges = tuple(site_edges(self._module))

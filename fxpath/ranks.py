@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from .pathways import by_thread
@@ -12,6 +11,8 @@ from .pathways import by_thread
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     """Spearman's correlation of equal rows of `(B, n)`, `(B,)` float64; NaN where either is constant or has NaN."""
+    from scipy.stats import rankdata
+
     found = np.full(len(first), np.nan)
     rows = [values.detach().cpu().numpy() for values in (first, second)]
 

@@ -151,7 +151,7 @@ def require_same(ours: dict[str, Any], theirs: dict[str, Any], where: str, way_o
         shown = "; ".join(
             "other samples, or in another order"
             if name == "ids"
-            else f"{name}: there {_brief(there.get(name))}, here {_brief(here[name])}"
+            else "{}: there {}, here {}".format(name, *map(_brief, _apart(there.get(name), here[name])))
             for name in differing[:4]
         )
         raise StoreError(f"compute: {where} holds the results of another job ({shown}); {way_out}")
@@ -160,6 +160,17 @@ def require_same(ours: dict[str, Any], theirs: dict[str, Any], where: str, way_o
 def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _apart(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two values, or where they are lists the first entries that differ."""
+    if isinstance(one, list) and isinstance(other, list):
+        pairs = [(a, b) for a, b in zip(one, other, strict=False) if a != b]
+        return _apart(*pairs[0]) if pairs else (one[len(other) :], other[len(one) :])
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = [name for name in (*one, *other) if one.get(name) != other.get(name)]
+        return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
+    return one, other
 
 
 def require_readable(store: Store) -> None:

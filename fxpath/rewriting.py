@@ -90,6 +90,14 @@ def called_module(node: fx.Node) -> nn.Module | None:
     return module.get_submodule(str(node.target)) if node.op == "call_module" and module is not None else None
 
 
+def altered(module: nn.Module) -> bool:
+    """Whether calling a module may do other than its type's `forward`: it has hooks, or a `forward` of its own."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return any(hooks) or "forward" in vars(module)
+
+
 def classify(node: fx.Node) -> Activation | None:
     """The activation that a node executes, or None."""
     if node.op == "call_module":

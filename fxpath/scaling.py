@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 
 from .narrowing import Narrowed
-from .rewriting import ancestors, called_module, carries_data, descendants, gate, operation
+from .rewriting import altered, ancestors, called_module, carries_data, descendants, gate, operation
 
 
 class Growth(IntEnum):
@@ -55,8 +55,7 @@ _SUMS = {"add", "sub", "subtract"}
 _QUOTIENTS = {"div", "divide", "true_divide"}
 _JOINS = {"cat", "concat", "concatenate", "stack"}
 _MAXIMAL = {
-    "relu", "leaky_relu", "abs", "amax", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d",
-    "adaptive_max_pool1d", "adaptive_max_pool3d",
+    "relu", "leaky_relu", "abs", "amax", "max_pool1d", "max_pool2d", "max_pool3d",
 }  # fmt: skip
 _OPERATORS: dict[Any, str] = {
     operator.add: "add", operator.iadd: "add", operator.sub: "sub", operator.isub: "sub", operator.mul: "mul",
@@ -65,15 +64,11 @@ _OPERATORS: dict[Any, str] = {
 }  # fmt: skip
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
 def _of_module(node: fx.Node, module: nn.Module, known: dict[fx.Node, Growth]) -> Growth:
     """A subclass may compute anything, and so may a hook: only the types themselves count."""
     sources = [known[source] for source in node.all_input_nodes]
     varying = [growth for growth in sources if growth is not Growth.CONSTANT]
-    if len(varying) != 1 or _hooked(module):
+    if len(varying) != 1 or altered(module):
         return Growth.OTHER
     kind, given = type(module), varying[0]
     if isinstance(module, Narrowed):

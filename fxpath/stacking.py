@@ -1,12 +1,16 @@
 """Runs of what follows one site: many values of the site at once, as copies of the batch along its first axis.
 
 `SiteRuns.responses` answers any values of the site; `SiteRuns.slopes` the gradients along the straight path α·a. Both
-run the graph behind the site alone. Whether copies may be stacked is tried once a network and site: where a batch size
-is part of the graph, or the first axis is not the batch everywhere, they would mix, and one copy is run at a time.
+run the graph behind the site alone. What makes them fast is tried first, once a network, site and batch size: a last
+layer that gives the wanted classes alone, images laid out channels last, copies in a stack (where a batch size is part
+of the graph, or the first axis is not the batch everywhere, they would mix), and leaving out what is affine in α. What
+answers otherwise than the plain graph is not used. The trials are on random values, so no sample decides for others.
 """
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +21,34 @@ from .gates import Gates, Restriction
 from .responses import Logit, respond
 from .rewriting import Cut
 from .samples import Samples
-from .suffixes import before, outside, parts_of
+from .suffixes import Parts, before, outside, parts_of
 from .tracing import plain_attention
 
 if TYPE_CHECKING:
     from .network import Network
 
 SINGLY, REPEATED, RERUN = 0, 1, 2  # one copy at a time; tensors that are read from outside repeated; or all anew
-_BLOCK = 16  # rows of a last layer that are computed at a time, alike
 WHOLE, TAIL = 0, 1  # from the site itself, or from the last values that are affine in α
+_BLOCK = 16  # rows of a last layer that are computed at a time, alike
+_FACTORS = (1.0, 0.5)  # of the activations that are tried
+_SHORT = re.compile("allocate memory|enough memory|out of memory")
+_ROUNDING, _TELLING = 8, 32  # units in the last place: what rounding may do; and by how much answers must differ
+
+
+def resolved(network: Network, samples: Samples) -> tuple[Any, Tensor | None, int | None]:
+    """The network's output, the class to explain for each sample, and how many classes there are (None: none)."""
+    with torch.no_grad():
+        output = network(samples)
+        logits = network.response.logits(output)
+        return output, network._resolve(output, samples), None if logits is None else logits.shape[1]
 
 
 class SiteRuns:
     """What follows one site, on cached inputs.
 
     `samples` have their target resolved; a run holds at most `copies` copies of them. `activation` is the site's value
-    a, `leads` whether any way goes from the site to the output. `classes`: how many logits the output has; where the
-    response is one of them, the last layer gives no others.
+    a, `leads` whether any way goes from the site to the output, `reaches` whether `slopes` found one to the response.
+    `classes`: how many logits the output has; where the response is one of them, the last layer gives no others.
     """
 
     def __init__(
@@ -45,23 +60,33 @@ class SiteRuns:
         copies: int,
         classes: int | None = None,
     ) -> None:
-        self.network, self.number = network, number
-        self.samples, self.target = samples, target
         response = network.response
         single = type(response) is Logit and response.output is None and target is not None
-        self._parts = parts_of(network, number, classes if single else None)
-        self._wanted = None
-        with torch.inference_mode(False):
-            if self._parts.narrow and target is not None:
-                self._wanted, self.target = _padded(target), torch.arange(samples.batch, device=samples.device)
-            activation, values = before(network, self._parts, samples, self._wanted)
-            self.activation = _laid_out(activation)
-            self._outside = {name: _laid_out(value) for name, value in values.items()}
-        self.leads = self._parts.leads
+        self.network, self.number, self._asked = network, number, max(copies, 1)
+        self._classes = classes if single else None
+        self._given = samples, target
+        self._fill(*self._form(), samples, target)
+        self.leads = self.reaches = self._parts.leads
+
+    @torch.inference_mode(False)
+    def _fill(self, parts: Parts, channels_last: bool, samples: Samples, target: Tensor | None) -> None:
+        """Take in samples: what the suffix reads of them, images channels last or as they are."""
+        self._parts, self._channels_last = parts, channels_last
+        self.samples, self.target, self._wanted = samples, target, None
+        if parts.narrow and target is not None:
+            self._wanted, self.target = _padded(target), torch.arange(samples.batch, device=samples.device)
+        activation, values = before(self.network, parts, samples, self._wanted)
+        self.activation: Tensor = self._laid_out(activation)
+        self._outside = {name: self._laid_out(value) for name, value in values.items()}
         self._repeated: tuple[tuple[int, int], dict[str, Any]] = (1, REPEATED), self._outside
         self._gates: tuple[int, Gates | None] = 0, None
-        self._asked = max(copies, 1)
         self._heads: tuple[list[Tensor], list[Tensor], Tensor] | None = None
+
+    def _laid_out(self, value: Any) -> Any:
+        """Images channels last, for which convolutions and pooling are faster."""
+        if self._channels_last and isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
+            return value.contiguous(memory_format=torch.channels_last)
+        return value
 
     # --- what a run needs ---
 
@@ -77,7 +102,7 @@ class SiteRuns:
             if anew:  # among them numbers, which may be batch sizes
                 samples = self.samples.take(list(range(self.samples.batch)) * copies)
                 more = outside(self.network, parts, tuple(anew), samples, self._wanted)
-                found |= {name: _laid_out(value) for name, value in more.items()}
+                found |= {name: self._laid_out(value) for name, value in more.items()}
             self._repeated = (copies, mode), found
         return self._parts.read_by(part, self._repeated[1])
 
@@ -106,42 +131,68 @@ class SiteRuns:
         target = None if self.target is None else self.target.repeat(copies)
         return respond(self.network.response, output, target, copies * self.samples.batch), output
 
-    # --- whether copies may be stacked ---
+    # --- trials ---
 
+    def _form(self) -> tuple[Parts, bool]:
+        """The sub-graphs to run, with a narrow last layer or plain, and whether images are channels last."""
+        plain = parts_of(self.network, self.number, None)
+        narrow = plain if self._classes is None else parts_of(self.network, self.number, self._classes)
+        batch = self._given[0].batch
+        if (batch, self._classes) not in plain.forms:
+            forms = [(narrow, True), (plain, True), (narrow, False)] if narrow.narrow else [(plain, True)]
+            expected = self._probe(plain, False)._alone()
+            found = (form for form in forms if self._formed(form, expected))
+            plain.forms[batch, self._classes] = next(found, (plain, False))
+        return plain.forms[batch, self._classes]
+
+    def _formed(self, form: tuple[Parts, bool], expected: list[list[Tensor]]) -> bool:
+        found = _unless_it_fails(lambda: self._probe(*form)._alone())
+        return found is not None and _agree([each[:1] for each in found], [each[:1] for each in expected])
+
+    @torch.inference_mode(False)
+    def _probe(self, parts: Parts, channels_last: bool) -> SiteRuns:
+        """These runs in a form, on random inputs, classes and activations."""
+        samples, target = self._given
+        if target is not None and self._classes is not None:
+            target = torch.arange(samples.batch, device=samples.device) % self._classes
+        probe = copy.copy(self)
+        probe._fill(parts, channels_last, samples.map(_random), target)
+        probe.activation = probe._laid_out(_random(probe.activation).abs())
+        return probe
+
+    @torch.inference_mode(False)
+    def _alone(self) -> list[list[Tensor]]:
+        """Answers to the activation times each factor, one copy at a time."""
+        with torch.no_grad():
+            return [self._answers(self._parts.whole, [self.activation * factor], 1, SINGLY) for factor in _FACTORS]
+
+    @torch.inference_mode(False)
     def _way(self, kind: int) -> tuple[int, int]:
-        """From where runs start, `WHOLE` or `TAIL`, and how they are stacked; found by a trial, once a batch size.
-
-        Where the response does not depend on α a trial tells nothing, and it is tried again with the next batch.
-        """
-        most, found = min(self._asked, 2), self._parts.found
-        key = kind, most, self.samples.batch
-        if key in found:
-            return found[key]
-        with torch.inference_mode(False), torch.no_grad():
-            alone = [self._answers(self._parts.whole, [self.activation * factor], 1, SINGLY) for factor in (1.0, 0.5)]
-            if self.leads and all(map(_close, *alone)):
-                return WHOLE, SINGLY
+        """From where runs start, `WHOLE` or `TAIL`, and how they are stacked."""
+        most = min(self._asked, 2)
+        key = kind, most, self.samples.batch, self._channels_last
+        if key not in self._parts.ways:
+            probe = self._probe(self._parts, self._channels_last)
+            alone = probe._alone()
             wanted = [TAIL, WHOLE] if kind == TAIL and self._parts.tail is not None else [WHOLE]
             modes = [] if most == 1 else [REPEATED, RERUN] if self._outside else [REPEATED]
-            ways = [(start, mode) for start in wanted for mode in modes] + [(start, SINGLY) for start in wanted]
-            found[key] = next(way for way in ways if way == (WHOLE, SINGLY) or self._sound(way, alone))
-        return found[key]
+            ways = [(start, mode) for start in wanted for mode in modes] + [(start, SINGLY) for start in wanted[:-1]]
+            if self.leads and not _tell(*alone):
+                ways = []
+            found = (way for way in ways if _unless_it_fails(lambda way=way: probe._sound(way, alone)))  # type: ignore[misc]
+            self._parts.ways[key] = next(found, (WHOLE, SINGLY))
+        return self._parts.ways[key]
 
     def _sound(self, way: tuple[int, int], alone: list[list[Tensor]]) -> bool:
-        """Whether copies at α = 1 and 0.5 answer as they do `alone`, from where this way starts and as it stacks."""
+        """Whether copies answer as they do `alone`, from where this way starts and as it stacks."""
         start, mode = way
-        stacks = [[1.0], [0.5]] if mode == SINGLY else [[1.0, 0.5]]
-        found = []
-        try:
-            for factors in stacks:
-                starts = self._stack(start, torch.tensor(factors))
-                found.append(self._answers(self._part(start), starts, len(factors), mode))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # a graph may fail in any way on a batch size that it is not made for
-            return False
-        joined = [[torch.cat(answers) for answers in zip(*each, strict=True)] for each in (found, alone)]
-        return all(map(_close, *joined))
+        with torch.no_grad():
+            if mode == SINGLY:
+                stacks = [self._answers(self._part(start), self._stack(start, [f]), 1, mode) for f in _FACTORS]
+                return _agree(stacks, alone)
+            found = self._answers(self._part(start), self._stack(start, _FACTORS), len(_FACTORS), mode)
+        stacked = [answer.chunk(len(_FACTORS)) for answer in found]
+        return _agree([list(each) for each in zip(*stacked, strict=True)], alone)
 
     def _answers(self, part: Cut, starts: Sequence[Tensor], copies: int, mode: int) -> list[Tensor]:
         value, output = self._answer(part, starts, copies, mode)
@@ -161,19 +212,19 @@ class SiteRuns:
     def bytes_of_a_copy(self) -> int:
         """What the backward pass of one copy of the batch keeps, in bytes."""
         own = {tensor.untyped_storage().data_ptr() for tensor in self.network.tensors.values()}
-        kept: dict[int, int] = {}
+        kept: dict[int, torch.UntypedStorage] = {}  # held: a freed one's address would be used again
 
         def note(tensor: Tensor) -> None:  # to give the tensor back would tie it to its graph for good
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+                kept[storage.data_ptr()] = storage
 
         with torch.inference_mode(False), torch.enable_grad():
             leaf = self.activation.detach().requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 answer = self._answer(self._parts.whole, [leaf], 1, SINGLY)
         del answer
-        return sum(kept.values()) + int(leaf.untyped_storage().nbytes())
+        return sum(storage.nbytes() for storage in kept.values()) + int(leaf.untyped_storage().nbytes())
 
     # --- answers ---
 
@@ -185,7 +236,7 @@ class SiteRuns:
         with torch.no_grad():
             found = [
                 self._answer(self._parts.whole, [part], part.shape[0] // rows, mode)[0]
-                for part in _laid_out(values).split(rows * self.copies)
+                for part in self._laid_out(values).split(rows * self.copies)
             ]
         return torch.cat(found).view(-1, self.samples.batch)
 
@@ -201,7 +252,7 @@ class SiteRuns:
         totals: list[Tensor | None] = []
         for some, its_weights in zip(alphas.tensor_split(pieces), weights.tensor_split(pieces), strict=True):
             with torch.enable_grad():
-                starts = [value.requires_grad_() for value in self._stack(start, some)]
+                starts = [value.requires_grad_() for value in self._stack(start, some.tolist())]
                 value, _ = self._answer(self._part(start), starts, len(some), mode)
                 seeds = its_weights.to(value).repeat_interleave(self.samples.batch)
                 found = torch.autograd.grad(value, starts, seeds, allow_unused=True) if value.requires_grad else ()
@@ -209,6 +260,7 @@ class SiteRuns:
             totals = [_added(a, b) for a, b in zip(totals, sums, strict=True)] if totals else sums
             advance(len(some))
         slope = self._through_head(totals) if start == TAIL else totals[0] if totals else None
+        self.reaches = slope is not None
         kind = torch.promote_types(self.activation.dtype, torch.float32)
         return torch.zeros_like(self.activation, dtype=kind) if slope is None else slope.to(kind)
 
@@ -227,7 +279,7 @@ class SiteRuns:
             self._heads = ends, begins, leaf
         return self._heads
 
-    def _stack(self, start: int, alphas: Tensor) -> list[Tensor]:
+    def _stack(self, start: int, alphas: Sequence[float]) -> list[Tensor]:
         """Values at each α, `(len(alphas) · B, …)`, copies one after another."""
         if start == WHOLE:
             return [_spread(None, self.activation, alphas)]
@@ -244,8 +296,8 @@ class SiteRuns:
         return torch.autograd.grad([e for e, _ in pairs], leaf, [s for _, s in pairs], allow_unused=True)[0]
 
 
-def _spread(begin: Tensor | None, slope: Tensor, alphas: Tensor) -> Tensor:
-    factors = alphas.to(slope).view(-1, *[1] * slope.ndim)
+def _spread(begin: Tensor | None, slope: Tensor, alphas: Sequence[float]) -> Tensor:
+    factors = torch.tensor(alphas, dtype=torch.float64).to(slope).view(-1, *[1] * slope.ndim)
     many = slope.unsqueeze(0)
     values = many * factors if begin is None else torch.addcmul(begin.unsqueeze(0), many, factors)
     return values.flatten(0, 1)
@@ -258,13 +310,6 @@ def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
 def _summed(slope: Tensor, copies: int) -> Tensor:
     kind = torch.promote_types(slope.dtype, torch.float32)
     return slope.reshape(copies, -1, *slope.shape[1:]).sum(0, dtype=kind)
-
-
-def _laid_out(value: Any) -> Any:
-    """Images channels-last, for which convolutions and pooling are faster."""
-    if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
-        return value.contiguous(memory_format=torch.channels_last)
-    return value
 
 
 def _padded(target: Tensor) -> Tensor:
@@ -280,8 +325,45 @@ def _repeated(value: Any, copies: int, *, single: bool = False) -> Any:
     return value.unsqueeze(0).expand(copies, *value.shape).flatten(0, 1)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    allowed = torch.finfo(found.dtype).eps ** 0.5 * expected.abs().amax()
-    return bool(((found - expected).abs() <= allowed).all())
+def _random(tensor: Tensor) -> Tensor:
+    """Normal numbers, always the same ones, in place of a tensor's; whole numbers stay."""
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+
+
+def _unless_it_fails(work: Callable[[], Any]) -> Any:
+    """What `work` gives, None where it fails, as a graph may in any way on values that it is not made for."""
+    try:
+        return work()
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or _SHORT.search(str(error)):
+            raise
+        return None
+
+
+def _spans(answers: list[list[Tensor]]) -> list[tuple[Tensor, Tensor, float]]:
+    """Of each kind of answer by how much two copies differ at most, the largest, and the type's rounding."""
+    return [
+        (
+            (one - two).abs().amax(),
+            torch.stack([one, two]).abs().amax(),
+            torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0,
+        )
+        for one, two in zip(*answers, strict=True)
+    ]
+
+
+def _tell(*answers: list[Tensor]) -> bool:
+    """Whether two copies differ by so much that it would be seen if they mixed."""
+    return any(bool(span > _TELLING * eps * largest) for span, largest, eps in _spans(list(answers)))
+
+
+def _agree(found: list[list[Tensor]], expected: list[list[Tensor]]) -> bool:
+    """Whether answers are those expected, but for rounding."""
+    for copies in zip(found, expected, strict=True):
+        for one, other, (span, largest, eps) in zip(*copies, _spans(expected), strict=True):
+            allowed = eps**0.5 * span + _ROUNDING * eps * largest
+            if one.shape != other.shape or not bool(((one - other).abs() <= allowed).all()):
+                return False
+    return True

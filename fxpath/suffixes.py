@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from .gates import Gates
 from .narrowing import CLASSES, narrow
-from .rewriting import GATES, Cut, ancestors, cut, descendants, prefix
+from .rewriting import GATES, Cut, altered, ancestors, cut, descendants, prefix
 from .samples import Samples
 from .scaling import frontier
 from .tracing import plain_attention
@@ -52,7 +52,7 @@ class Parts:
     `whole` leads from the site to the output. `head` leads from the site to the values up to which all is affine in a
     factor of its activation, `tail` from these to the output; both None where nothing but the site itself is. `before`
     gives the site and what all of them read from outside; `fixed` names what of that no input changes. `narrow`: the
-    output holds the wanted classes alone. `found` is what trials found of stacking.
+    output holds the wanted classes alone. `forms` and `ways` are what trials found (see `SiteRuns`).
     """
 
     source: fx.GraphModule
@@ -64,7 +64,8 @@ class Parts:
     outside: tuple[str, ...]
     fixed: frozenset[str]
     narrow: bool
-    found: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
+    forms: dict[tuple[int, int | None], tuple[Parts, bool]] = field(default_factory=dict)
+    ways: dict[tuple[int, int, int, bool], tuple[int, int]] = field(default_factory=dict)
     some: dict[tuple[str, ...], fx.GraphModule] = field(default_factory=dict)
 
     def only(self, names: tuple[str, ...]) -> fx.GraphModule:
@@ -84,10 +85,10 @@ def parts_of(network: Network, number: int, classes: int | None) -> Parts:
 
     `classes`, unless None, is how many the output has; all but the wanted ones are left out where that is possible.
     """
-    restricted = network._restriction is not None
-    key = number, restricted, classes
+    hooked = frozenset(place for place, module in enumerate(network._called) if altered(module))
+    key = number, network._restriction is not None, classes, hooked
     if key not in network._parts:
-        network._parts[key] = _made(network, number, restricted, classes)
+        network._parts[key] = _made(network, number, classes)
     return network._parts[key]
 
 
@@ -97,8 +98,9 @@ def _narrowed(network: Network, classes: int) -> tuple[fx.GraphModule, fx.Node] 
     return network._narrowed[classes]
 
 
-def _made(network: Network, number: int, restricted: bool, classes: int | None) -> Parts:
+def _made(network: Network, number: int, classes: int | None) -> Parts:
     module, node = network._module, network._gate_nodes[number]
+    restricted = network._restriction is not None
     found = None if classes is None or restricted else _narrowed(network, classes)
     narrower = False
     if found is not None:
@@ -110,13 +112,13 @@ def _made(network: Network, number: int, restricted: bool, classes: int | None) 
     head = tail = None
     if edge and list(edge) != [node]:
         head, tail = cut(module, [node], edge), cut(module, edge)
-    outside = dict.fromkeys(name for part in (whole, head, tail) if part is not None for name in part.boundary)
+    read = dict.fromkeys(name for part in (whole, head, tail) if part is not None for name in part.boundary)
     by_name = {each.name: each for each in module.graph.nodes}
     own_inputs = (GATES, CLASSES)
     inputs = {each for each in by_name.values() if each.op == "placeholder" and each.target not in own_inputs}
-    fixed = frozenset(name for name in outside if not inputs & {by_name[name], *ancestors([by_name[name]])})
-    before = prefix(module, {"site": node} | {name: by_name[name] for name in outside})
-    return Parts(module, before, whole, head, tail, bool(edge), tuple(outside), fixed, narrower)
+    fixed = frozenset(name for name in read if not inputs & {by_name[name], *ancestors([by_name[name]])})
+    start = prefix(module, {"site": node} | {name: by_name[name] for name in read})
+    return Parts(module, start, whole, head, tail, bool(edge), tuple(read), fixed, narrower)
 
 
 def before(

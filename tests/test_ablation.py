@@ -257,3 +257,14 @@ def test_draws_are_uniform() -> None:
     expected = 2 / len(alive)
     assert len(alive) > 4
     assert float((shares - expected).abs().max()) < 6 * (expected / draws) ** 0.5
+
+
+def test_a_response_of_another_type_than_the_sites() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)).eval()
+    wide = fxpath.trace(model, x, response=lambda output: output.double()[:, 0])
+    found = marginal_contributions(wide, x, [0, 3])
+    assert found.dtype == torch.float64
+    expected = marginal_contributions(fxpath.trace(model, x), x, [0, 3], target=0)
+    torch.testing.assert_close(found.float(), expected)

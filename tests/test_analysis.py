@@ -708,9 +708,9 @@ def test_diagnostics_are_means_over_samples(tmp_path: Path) -> None:
             "diagnostics/level": np.array([1.0, 7.0, nan, 3.0, 8.0]),  # the second sample failed
             "diagnostics/iterate": np.array([10, 0, -1, 30, 50], dtype=np.int32),
             "diagnostics/kept": np.array([True, False, False, True, True]),
-            "diagnostics/by_site": by_site,
+            "diagnostics/error_by_site": by_site,
             "diagnostics/never": np.full(5, nan),
-            "diagnostics/curve": np.ones((5, 17)),
+            "diagnostics/curve": np.ones((5, len(index.sites))),
         }
     )
     path = tmp_path / "run.h5"
@@ -719,12 +719,19 @@ def test_diagnostics_are_means_over_samples(tmp_path: Path) -> None:
         table = diagnostics(store).set_index("diagnostic")
         with pytest.raises(StoreError, match="neuron_mtc"):
             diagnostics(store, "neuron_mtc@0.9")
-    assert set(table.index) == {"level", "iterate", "kept", "by_site", "never", "completeness"}  # no curve, no text
+    assert set(table.index) == {
+        "level",
+        "iterate",
+        "kept",
+        "error_by_site",
+        "never",
+        "completeness",
+    }  # no curve, no text
     assert set(table["key"]) == {"neuron_mct@0.9"}
     shown = table[["samples", "mean", "smallest", "largest"]]
     assert shown.loc["level"].tolist() == [3, 4.0, 1.0, 8.0]
     assert shown.loc["iterate"].tolist() == [3, 30.0, 10.0, 50.0]
     assert shown.loc["kept"].tolist() == [4, 0.75, 0.0, 1.0]
-    assert shown.loc["by_site"].tolist() == [3, 10 / 3, 2.0, 6.0]
+    assert shown.loc["error_by_site"].tolist() == [3, 10 / 3, 2.0, 6.0]
     assert shown.loc["never"].isna().tolist() == [False, True, True, True]
     assert (table.loc["level", "low"], table.loc["level", "high"]) == bootstrap_interval([1.0, 3.0, 8.0])

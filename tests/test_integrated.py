@@ -904,3 +904,12 @@ def test_on_an_accelerator() -> None:
     last = network.sites[-1]
     torch.testing.assert_close(there.signed[:, last.slice], mct.signed[:, last.slice], rtol=1e-3, atol=1e-5)
     assert isinstance(there, Scores)
+
+
+def test_in_inference_mode_a_batch_may_be_split() -> None:
+    network, x = traced("TwoInputs"), BY_NAME["TwoInputs"].x(3)
+    expected = NeuronIntGrad(steps=3).scores(network, x).signed
+    with torch.inference_mode():
+        for rows in (1, 2, 16):
+            found = NeuronIntGrad(steps=3, max_batch=rows).scores(network, tuple(part.clone() for part in x)).signed
+            torch.testing.assert_close(found, expected)

@@ -159,3 +159,43 @@ def test_weights_that_change_are_seen() -> None:
     layer.bias = nn.Parameter(layer.bias.detach() * 2)
     after = fxpath.NeuronIntGrad(steps=3).scores(network, x, target=target).signed
     torch.testing.assert_close(after, 2 * before)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.AvgPool1d(3, 1, 1)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.MaxPool1d(3, 1, 1)),
+        nn.Sequential(nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0)), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Flatten())),
+    ],
+)
+def test_pools_over_classes_are_no_pools_of_images(tail: nn.Module) -> None:
+    network, x = made(tail)
+    assert narrow(network._module, 5) is None
+    target = torch.tensor([4, 0, 4])
+    scores = fxpath.NeuronIntGrad(steps=5, rule="midpoint").scores(network, x, target=target)
+    expected = torch.cat(plain_loop(network, x, target, 5), dim=1)
+    torch.testing.assert_close(scores.signed, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("where", ["last", "first", "head.lin"])
+@pytest.mark.parametrize("how", ["hook", "hook before", "patched"])
+def test_what_is_changed_later_is_seen(how: str, where: str) -> None:
+    """A hook, or a `forward` of the module's own, as those set that keep weights elsewhere."""
+    network, x = made(Mixed())
+    target = torch.tensor([1, 1, 2])
+    selector = fxpath.NeuronIntGrad(steps=5, rule="midpoint")
+    before = selector.scores(network, x, target=target).signed
+    layer = network._module.get_submodule(where)
+    if how == "patched":
+        plain = layer.forward
+        layer.forward = lambda value: plain(value).sin()  # type: ignore[method-assign]
+    elif how == "hook":
+        layer.register_forward_hook(lambda *given: given[2].sin())
+    else:
+        layer.register_forward_pre_hook(lambda _, given: (given[0].sin(),))
+    expected = torch.cat(plain_loop(network, x, target, 5), dim=1)
+    found = selector.scores(network, x, target=target).signed
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    assert not torch.allclose(found, before)

@@ -13,11 +13,12 @@ from networks import BY_NAME, CASES, Case, Head, image, rows, tokens, traced
 from torch import Tensor, nn
 
 import fxpath
+from fxpath.errors import NoContributionWarning
 from fxpath.gates import Restriction
 from fxpath.network import Network
-from fxpath.responses import respond
+from fxpath.responses import Logit, respond
 from fxpath.samples import Samples
-from fxpath.selectors import Random
+from fxpath.selectors import NeuronIntGrad, Random
 from fxpath.stacking import SiteRuns
 
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -308,3 +309,95 @@ def test_other_dtypes() -> None:
         found, expected = runs.slopes(alphas, weights), exact.slopes(alphas, weights)
         assert float((found - expected).abs().max()) < digits * float(expected.abs().max())
         assert runs.responses(runs.activation).dtype == kind
+
+
+# --- layouts, neighbours, memory ------------------------------------------------------------------------------------
+
+
+class Viewed(nn.Module):
+    """LeNet's way to flatten, which a tensor laid out channels last does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.fc = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 5, 3), nn.Linear(45, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.two(F.relu(self.one(x))))
+        return self.fc(h.view(x.size(0), -1))
+
+
+def test_views_that_need_the_usual_layout() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 7, 7, dtype=torch.float64)
+    agrees(fxpath.trace(Viewed().double().eval(), x), x, copies=4)
+
+
+class Faint(nn.Module):
+    """A large bias, beside which what differs between samples is small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+        with torch.no_grad():
+            self.body[4].bias += 300
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("model", [Faint, lambda: nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 5))])
+def test_neighbours_and_what_ran_before_change_no_bit(model: Any) -> None:
+    """float32: how runs are stacked is no sample's affair."""
+    torch.manual_seed(0)
+    model = model().eval()
+    small, large = torch.randn(1, 32) / 100, torch.randn(1, 32) * 30
+    selector = NeuronIntGrad(steps=9)
+
+    def scores(*batches: Tensor) -> Tensor:
+        network = fxpath.trace(model, torch.randn(2, 32))
+        return [selector.scores(network, batch, target=1).signed for batch in batches][-1]
+
+    both, mixed = torch.cat([small, small]), torch.cat([small, large])
+    assert torch.equal(scores(both)[0], scores(mixed)[0])
+    assert torch.equal(scores(both), scores(torch.cat([large, large]), both))
+
+
+def test_the_order_of_a_large_batch_changes_no_bit() -> None:
+    """24 rows and at most 16 at once: all run alike."""
+    torch.manual_seed(0)
+    model, x = Faint().eval(), torch.randn(24, 32)
+    network = fxpath.trace(model, x[:2])
+    selector = NeuronIntGrad(steps=5)
+    turned = selector.scores(network, x.roll(8, 0), target=1).signed
+    assert torch.equal(turned.roll(-8, 0), selector.scores(network, x, target=1).signed)
+
+
+@pytest.mark.filterwarnings("ignore::fxpath.errors.SmoothSitesWarning")
+def test_bytes_of_layers_of_one_size() -> None:
+    """Memory that is freed and used again under the same address counts each time."""
+    torch.manual_seed(0)
+    blocks = [layer for _ in range(12) for layer in (nn.Linear(64, 64), nn.GELU())]
+    network = fxpath.trace(nn.Sequential(*blocks, nn.Linear(64, 3)).eval(), torch.randn(2, 64), sites="activations")
+    x = torch.randn(50, 64)
+    found = {runs_of(network, 0, x, 1).bytes_of_a_copy() for _ in range(3)}
+    assert len(found) == 1
+    assert found.pop() >= 11 * 50 * 64 * 4  # what each GELU keeps
+
+
+def test_a_site_that_leads_to_another_output() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.used, self.aside = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.used(self.one(x))
+            return {"y": self.two(h), "aside": self.aside(x)}
+
+    x = torch.randn(2, 3)
+    network = fxpath.trace(Two().eval(), x, response=Logit(output="y"))
+    with pytest.warns(NoContributionWarning, match=r"1 sites do not lead to the response 'logit', and score 0: aside"):
+        scores = NeuronIntGrad(steps=3).scores(network, x)
+    assert not bool(scores.site("aside").any())
+    assert bool(scores.site("used").any())

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from fxpath.store import Store
 
 _GROUP = "diagnostics/"
+_BY_SITE = "diagnostics/completeness"
 
 
 def diagnostics(store: Store, keys: Sequence[str] | str | None = None, *, seed: int = 0) -> pd.DataFrame:
-    """Long table: one row for each pathway key and each diagnostic of one value a sample, or one a sample and site.
+    """Long table: one row for each pathway key and each diagnostic of one value a sample, or of one a sample and site.
 
+    The latter are completeness errors and what is called …_by_site.
     Columns: key, selector, sparsity, diagnostic; `samples` that are ok and have a value; `mean`, `smallest` and
     `largest` of these (of yes and no the mean is the share of yes; of one value a site a sample's is the mean over its
     sites), and the bootstrap 95 % interval of the mean, `low` and `high`. NaN and negative whole numbers are missing.
@@ -30,11 +32,10 @@ def diagnostics(store: Store, keys: Sequence[str] | str | None = None, *, seed: 
     """
     import pandas as pd
 
-    sites = len(store.index.sites)
     rows = []
     for key in chosen_keys(store, keys):
         for name in sorted(name for name in store.columns(key) if name.startswith(_GROUP)):
-            values = _by_sample(store.column(key, name), sites)
+            values = _by_sample(store.column(key, name), name.startswith(_BY_SITE) or name.endswith("_by_site"))
             if values is None:
                 continue
             found = values[store.ok & ~np.isnan(values)]
@@ -57,9 +58,9 @@ def diagnostics(store: Store, keys: Sequence[str] | str | None = None, *, seed: 
     return pd.DataFrame(rows, columns=columns)
 
 
-def _by_sample(column: npt.NDArray[np.generic], sites: int) -> Floats | None:
+def _by_sample(column: npt.NDArray[np.generic], by_site: bool) -> Floats | None:
     """One number a sample, NaN where it is missing; None for what is no such column."""
-    if column.dtype.kind not in "fiub" or column.ndim > 2 or (column.ndim == 2 and column.shape[1] != sites):
+    if column.dtype.kind not in "fiub" or column.ndim != (2 if by_site else 1):
         return None
     values = column.astype(np.float64)
     if column.dtype.kind == "i":

@@ -17,7 +17,7 @@ from ..pathways import Scores
 from ..progress import bar
 from ..responses import respond
 from ..samples import Samples, type_of_target
-from ..stacking import SiteRuns
+from ..stacking import SiteRuns, resolved
 from .contribution import ByScore
 from .registry import register
 
@@ -83,6 +83,7 @@ class NeuronIntGrad(ByScore):
                 "for example 'layer1.*+layer2.0.relu'"
             )
 
+    @torch.inference_mode(False)
     def scores(self, network: Network, samples: Any, target: type_of_target = None) -> Scores:
         """Signed contributions `(B, N)`, in units of the response, and completeness errors `(B, sites)`.
 
@@ -91,27 +92,26 @@ class NeuronIntGrad(ByScore):
         """
         samples = network.samples(samples, target).require_finite()
         chosen = self._chosen(network.index)
-        rows = self._rows(network, samples, chosen[0])
+        room = self._rows(network, samples, chosen)
+        rows = next(rows for rows in range(min(room, samples.batch), 0, -1) if samples.batch % rows == 0)
         pieces = [list(range(samples.batch))[first : first + rows] for first in range(0, samples.batch, rows)]
-        parts = [self._of_some(network, samples.take(piece), chosen, rows) for piece in pieces]
+        parts = [self._of_some(network, samples.take(piece), chosen, room // rows) for piece in pieces]
         if len(parts) == 1:
             return parts[0]
         errors = torch.cat([part.completeness for part in parts if part.completeness is not None])
         return Scores(torch.cat([part.signed for part in parts]), network.index, errors, self.key, self.rank)
 
-    def _rows(self, network: Network, samples: Samples, first: int) -> int:
-        """How many rows fit the memory; the earliest site, with the longest way to the response, needs the most."""
+    def _rows(self, network: Network, samples: Samples, chosen: list[int]) -> int:
+        """How many rows fit the memory behind the site that needs the most."""
         if not self.max_bytes:
             return self.max_batch
         one = samples.take([0])
-        with torch.no_grad():
-            output = network(one)
-            target, logits = network._resolve(output, one), network.response.logits(output)
-        classes = None if logits is None else logits.shape[1]
-        needed = SiteRuns(network, first, one, target, 1, classes).bytes_of_a_copy()
+        _, target, classes = resolved(network, one)
+        runs = (SiteRuns(network, number, one, target, 1, classes) for number in chosen)
+        needed, site = max((run.bytes_of_a_copy(), network.sites[run.number].name) for run in runs)
         if needed > self.max_bytes:
             raise InputError(
-                f"neuron_intgrad: one sample needs about {needed:,} bytes behind site {network.sites[first].name}, "
+                f"neuron_intgrad: one sample needs about {needed:,} bytes behind site {site}, "
                 f"expected max_bytes of at least that, found {self.max_bytes:,}; or name later sites with sites=…"
             )
         return max(1, min(self.max_batch, self.max_bytes // max(needed, 1)))
@@ -128,14 +128,10 @@ class NeuronIntGrad(ByScore):
             found.update(matching)
         return sorted(found)
 
-    def _of_some(self, network: Network, samples: Samples, chosen: list[int], rows: int) -> Scores:
-        """Scores of at most `rows` samples."""
-        with torch.no_grad():
-            output = network(samples)
-            target = network._resolve(output, samples)
-            whole = respond(network.response, output, target, samples.batch).double()
-            logits = network.response.logits(output)
-        classes = None if logits is None else logits.shape[1]
+    def _of_some(self, network: Network, samples: Samples, chosen: list[int], copies: int) -> Scores:
+        """Scores of samples that are run at once, in so many copies."""
+        output, target, classes = resolved(network, samples)
+        whole = respond(network.response, output, target, samples.batch).double()
         alphas, weights = quadrature(self.rule, self.steps)
         errors = torch.full((samples.batch, len(network.index)), torch.nan, dtype=torch.float64, device=whole.device)
         signed: Tensor | None = None
@@ -143,7 +139,7 @@ class NeuronIntGrad(ByScore):
         with bar(len(chosen) * self.steps, self.key, "step") as shown:
             for number in chosen:
                 site = network.sites[number]
-                runs = SiteRuns(network, number, samples, target, rows // samples.batch, classes)
+                runs = SiteRuns(network, number, samples, target, copies, classes)
                 if signed is None:
                     kind = torch.promote_types(runs.activation.dtype, torch.float32)
                     signed = unfilled((samples.batch, network.index.size), kind, network.device).zero_()
@@ -153,6 +149,9 @@ class NeuronIntGrad(ByScore):
                     shown.update(self.steps)
                     continue
                 products = runs.activation * runs.slopes(alphas, weights, shown.update)
+                if not runs.reaches:
+                    silent.append(site.name)
+                signed = signed.to(torch.promote_types(signed.dtype, products.dtype))
                 signed[:, site.slice] = grouped(products, site)
                 rest = runs.responses(torch.zeros_like(runs.activation))[0].double()
                 total = flat(products, site).sum(dim=1, dtype=torch.float64)

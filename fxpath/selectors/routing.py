@@ -131,16 +131,22 @@ class DGR:
         found = self.optimise(network, samples)
         routes = Scores(found.gates.masked_fill(~found.touched, 0), found.index, key=self.key)
         masks = [_by_neuron(each.mask, found.index, network.index) for each in routes.threshold(sparsities)]
-        lacking = torch.tensor([bool(reason) for reason in found.reasons], device=routes.signed.device)
+        closed = (routes.signed.amax(dim=1) == 0).tolist()
         pathways: dict[float | None, Pathways] = {}
         missing: dict[float | None, str | Sequence[str]] = {}
         by_sparsity: dict[float | None, dict[str, Tensor]] = {}
         for sparsity, mask in zip(sparsities, masks, strict=True):
             pathways[sparsity] = own = Pathways(mask, network.index)
+            kept = network.index.kept(sparsity)
+            reasons = [
+                reason or (_why_empty(shut, kept) if empty and kept else "")
+                for reason, shut, empty in zip(found.reasons, closed, (own.count == 0).tolist(), strict=True)
+            ]
+            lacking = torch.tensor([bool(reason) for reason in reasons], device=mask.device)
             chance = own.density / (2 - own.density)
             by_sparsity[sparsity] = {"chance_jaccard": chance.masked_fill(lacking, torch.nan)}
-            if any(found.reasons):
-                missing[sparsity] = found.reasons
+            if any(reasons):
+                missing[sparsity] = reasons
         scores = Scores(_by_neuron(routes.signed, found.index, network.index), network.index, key=self.key)
         return Selection(pathways, found.diagnostics, missing, scores, by_sparsity)
 
@@ -223,6 +229,13 @@ class DGR:
             else:
                 reasons.append("")
         return tuple(reasons)
+
+
+def _why_empty(closed: bool, kept: int) -> str:
+    """Why no gate is kept of a sample that has an iterate and evidence."""
+    if closed:
+        return "every gate that has evidence is 0"
+    return f"the channel with the largest gate has more than the {kept} units that this sparsity keeps"
 
 
 def _channels(index: NeuronIndex) -> NeuronIndex:
