@@ -45,6 +45,7 @@ from .records import (
     require_same,
     write_record,
 )
+from .responses import identity
 from .schema import Header
 from .selectors import Selector, parse
 from .selectors.registry import parameters
@@ -198,7 +199,9 @@ class Job:
             "parts": self.parts,
             "place": self.place,
             "outputs": self.outputs,
-        } | ({"diagnose": recipe.diagnose} if recipe.diagnose else {})
+        }
+        more = {"diagnose": recipe.diagnose, "response_is": identity(self.network.response)}
+        record |= {name: value for name, value in more.items() if value}
         data: dict[str, Any] = json.loads(json.dumps(record))  # a tuple becomes a list, as it will when read back
         return data
 

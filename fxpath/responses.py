@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -178,6 +181,32 @@ def checked_response(response: Response | Callable[[Any], Tensor] | str) -> Resp
     if callable(response):
         return OutputFunction(response)
     raise InputError(f"response: expected a Response, its name or a function, found {type(response).__name__}")
+
+
+def identity(response: Response) -> str:
+    """What tells a response from others of its name: its parameters, or a hash of the function's code.
+
+    "" for the named responses without parameters.
+    """
+    if response in (logit, probability, margin):
+        return ""
+    function = response.function if isinstance(response, OutputFunction) else None
+    if function is None:
+        return repr(response) if dataclasses.is_dataclass(response) else type(response).__qualname__
+    place = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return place
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    held = [each if isinstance(each, int | float | str | tuple | None) else type(each) for each in held]
+    said = repr((_said(code), held, getattr(function, "__defaults__", None)))
+    return f"{place} {hashlib.sha256(said.encode()).hexdigest()[:16]}"
+
+
+def _said(code: CodeType) -> str:
+    """A function's code as text, without where it was written."""
+    constants = [_said(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return repr((code.co_code, code.co_names, constants))
 
 
 def respond(response: Response, output: Any, target: Tensor | None, batch: int) -> Tensor:

@@ -41,6 +41,7 @@ import fxpath
 from fxpath import batch, parts, records
 from fxpath.errors import ImageError, InputError, ModelError, SampleError, SparsityError, StoreError
 from fxpath.images import ImageSamples, photos
+from fxpath.job import Job
 from fxpath.pathways import Selection
 from fxpath.placement import PlacementWarning
 from fxpath.selectors import parse
@@ -417,8 +418,10 @@ def margin() -> fxpath.Network:
 
 
 DIFFERENT: list[tuple[str, dict[str, Any]]] = [
-    (r"selectors: there \[\[\"neuron_mct\".*, here \[\[\"magnitude\", \{\}\]\]", {"selectors": ["magnitude"]}),
-    (r"sparsities: there \[0.9\], here \[0.8\]", {"sparsities": [0.8]}),
+    (r"selectors: there \"neuron_mct\", here \"magnitude\"", {"selectors": ["magnitude"]}),
+    (r"selectors: there \[\[\"random\", .*, here \[\]", {"selectors": ["neuron_mct"]}),
+    (r"sparsities: there 0.9, here 0.8", {"sparsities": [0.8]}),
+    (r"sparsities: there \[\], here \[0.95\]", {"sparsities": [0.9, 0.95]}),
     (r"target: there \"predicted\", here \"labels\"", {"target": "labels"}),
     (r"micro_batch: there 4, here 5", {"micro_batch": 5}),
     (r"threads: there 1, here 2", {"threads": 2}),
@@ -1182,3 +1185,43 @@ def test_channels_and_double_precision(tmp_path: Path) -> None:
             assert np.array_equal(store.column("neuron_mct@0.9", "density"), kept / network.index.units)
             assert (kept <= network.index.kept(0.9)).all()
             assert kept.max() > 0.8 * network.index.kept(0.9)
+
+
+# --- which response a job explains ---
+
+
+def one_logit(number: int) -> Any:
+    return lambda output: output[:, number]
+
+
+def test_jobs_of_responses_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """Two lambdas, two parts of an output, the same function written again."""
+
+    def job(response: Any) -> Job:
+        network = fxpath.trace(module(), inputs()[:2], response=response)
+        return Job(network, Chosen(range(4)), tmp_path / "run.h5", FEW, [0.9], "predicted", 2, 1, None, False, 0, 0, "",
+                   "", ())  # fmt: skip
+
+    one, again = job(one_logit(0)), job(one_logit(0))
+    assert one.digest == again.digest
+    for other in (job(one_logit(1)), job(lambda output: output[:, 0])):
+        assert one.network.response.name == other.network.response.name
+        assert one.digest != other.digest
+    assert "response_is" not in job("logit").record  # as in stores that are there
+    assert job("logit").digest == job(fxpath.responses.Logit()).digest
+    assert job(fxpath.responses.Margin(3)).digest != job(fxpath.responses.Margin(4)).digest
+    assert job(fxpath.responses.Margin()).digest == job("margin").digest
+
+
+def test_a_bfloat16_network_goes_into_a_store(tmp_path: Path) -> None:
+    network = fxpath.trace(module().bfloat16(), inputs()[:2].bfloat16())
+
+    class Coarse(Chosen):
+        def __getitem__(self, place: int) -> Any:
+            entry = super().__getitem__(place)
+            return (entry[0].bfloat16(), entry[1]) if isinstance(entry, tuple) else entry.bfloat16()
+
+    run(Coarse(range(4)), tmp_path / "run.h5", network)
+    with fxpath.open_store(tmp_path / "run.h5") as store:
+        assert store.ok.all()
+        assert np.isfinite(store.samples()["response"]).all()
