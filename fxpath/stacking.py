@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,8 +141,8 @@ class SiteRuns:
         batch = self._given[0].batch
         if (batch, self._classes) not in plain.forms:
             forms = [(narrow, True), (plain, True), (narrow, False)] if narrow.narrow else [(plain, True)]
-            expected = self._probe(plain, False)._alone()
-            found = (form for form in forms if self._formed(form, expected))
+            expected = _unless_it_fails(lambda: self._probe(plain, False)._alone())
+            found = (form for form in forms if expected and self._formed(form, expected))
             plain.forms[batch, self._classes] = next(found, (plain, False))
         return plain.forms[batch, self._classes]
 
@@ -172,16 +173,17 @@ class SiteRuns:
         most = min(self._asked, 2)
         key = kind, most, self.samples.batch, self._channels_last
         if key not in self._parts.ways:
-            probe = self._probe(self._parts, self._channels_last)
-            alone = probe._alone()
             wanted = [TAIL, WHOLE] if kind == TAIL and self._parts.tail is not None else [WHOLE]
             modes = [] if most == 1 else [REPEATED, RERUN] if self._outside else [REPEATED]
             ways = [(start, mode) for start in wanted for mode in modes] + [(start, SINGLY) for start in wanted[:-1]]
-            if self.leads and not _tell(*alone):
-                ways = []
-            found = (way for way in ways if _unless_it_fails(lambda way=way: probe._sound(way, alone)))  # type: ignore[misc]
-            self._parts.ways[key] = next(found, (WHOLE, SINGLY))
+            self._parts.ways[key] = next(self._sound_ways(ways), (WHOLE, SINGLY))
         return self._parts.ways[key]
+
+    def _sound_ways(self, ways: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        probe = _unless_it_fails(lambda: self._probe(self._parts, self._channels_last))
+        alone = probe and _unless_it_fails(probe._alone)
+        if alone and (_tell(*alone) or not self.leads):
+            yield from (way for way in ways if _unless_it_fails(partial(probe._sound, way, alone)))
 
     def _sound(self, way: tuple[int, int], alone: list[list[Tensor]]) -> bool:
         """Whether copies answer as they do `alone`, from where this way starts and as it stacks."""

@@ -401,3 +401,20 @@ def test_a_site_that_leads_to_another_output() -> None:
         scores = NeuronIntGrad(steps=3).scores(network, x)
     assert not bool(scores.site("aside").any())
     assert bool(scores.site("used").any())
+
+
+class Looked(nn.Module):
+    """Takes its first column for a row of a table: other inputs than it is made for raise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.table(x[:, 0].long()) + x[:, 1:]))
+
+
+def test_inputs_that_no_random_numbers_may_replace() -> None:
+    torch.manual_seed(0)
+    x = torch.cat([torch.tensor([[0.0], [1], [2]]), torch.randn(3, 4)], dim=1).double()
+    agrees(fxpath.trace(Looked().double().eval(), x), x, copies=4)

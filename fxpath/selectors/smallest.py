@@ -57,7 +57,7 @@ class Scan:
             numbers, scores = self._up_to(bound, values, slopes, effective)
             if numbers.size < count and bound < np.inf:
                 numbers, scores = self._up_to(np.inf, values, slopes, effective)
-        if numbers.size <= count:
+        if numbers.size < count:
             return numbers, None
         threshold = np.partition(scores, count - 1)[count - 1]
         chosen: Numbers = numbers[scores <= threshold]
@@ -100,13 +100,6 @@ def _bound(values: Rows, slopes: Rows, count: int) -> Any:
     sample = np.abs(sample[sample != 0])
     place = int(count / step + 3 * math.sqrt(count / step) + 3)
     return np.partition(sample, place)[place] if place < sample.size else np.inf
-
-
-def prune_smallest(values: Rows, slopes: Rows, count: int) -> Numbers:
-    """`Scan.smallest` of one sample."""
-    sizes = [value.size for value in values]
-    scan = Scan(sizes, np.result_type(*values, *slopes))
-    return scan.smallest(values, slopes, count, np.empty(sum(sizes), dtype=np.bool_))[0]
 
 
 def prune_channels(scores: npt.NDArray[np.floating[Any]], count: int, weights: npt.NDArray[np.int64]) -> Numbers:
