@@ -497,8 +497,9 @@ def test_demo(run: Callable[..., Said], tmp_path: Path) -> None:
     assert lines[1].startswith("efficientnet_lite0: top-1 17/20, top-5 20/20")
     print(said.err)  # noqa: T201
     table = pd.read_csv(tmp_path / "demo" / "summary.csv")
-    assert len(table) == 20
-    contribution = table[table["key"].str.startswith("neuron_mct")]
+    assert len(table) == 2 * 19
+    contribution = table[table["key"].str.startswith("neuron_")]
+    assert len(contribution) == 2 * 6
     assert (contribution["dead_share"] == 0).all()
 
 
