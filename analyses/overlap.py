@@ -42,11 +42,12 @@ def run(options: argparse.Namespace) -> None:
             tables[name] = overlap(store, sparsity=options.sparsity, seed=options.seed)
     joined = pd.concat(tables, names=["store", "row"]).reset_index("store")
     print(joined[joined["site_number"] < 0][SHOWN].to_string(index=False, float_format="{:.4f}".format))
-    written = [save_table(joined, options.output / "overlap.csv")]
+    figures = {}
     for level in sorted(joined["sparsity"].dropna().unique()):
-        written.append(save(overlap_matrix_figure(tables, level), options.output / f"overlap_matrix_{level:g}.png"))
-        lines = overlap_by_site_figure(tables, level, options.pair)
-        written.append(save(lines, options.output / f"overlap_by_site_{level:g}.png"))
+        figures[f"overlap_matrix_{level:g}.png"] = overlap_matrix_figure(tables, level)
+        figures[f"overlap_by_site_{level:g}.png"] = overlap_by_site_figure(tables, level, options.pair)
+    written = [save_table(joined, options.output / "overlap.csv")]
+    written += [save(figure, options.output / name) for name, figure in figures.items()]
     print("wrote", *written, sep="\n  ")
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .neurons import NeuronIndex, Site
+from .outcomes import require_finite_response
 from .pathways import Scores
 from .ranks import rank_correlation
 from .responses import respond
@@ -43,7 +44,8 @@ def marginal_contributions(
     channel granularity a neuron is a channel, all of whose units become 0. Returns `(B, n)`, signed, in units of the
     response. At most `max_batch` rows run at once.
 
-    Raises `InputError` for numbers outside the index and `SiteError` for a site that is not there.
+    Raises `InputError` for numbers outside the index, `SiteError` for a site that is not there and `SampleError` for
+    samples whose response is NaN or infinite.
     """
     samples = network.samples(x, target).require_finite()
     if not isinstance(max_batch, int) or isinstance(max_batch, bool) or max_batch < 1:
@@ -76,6 +78,7 @@ def _numbers(network: Network, neurons: Any, batch: int) -> npt.NDArray[np.int64
 def _of_some(network: Network, samples: Samples, numbers: npt.NDArray[np.int64], max_batch: int, bar: Any) -> Tensor:
     output, target, classes = resolved(network, samples)
     response = respond(network.response, output, target, samples.batch).detach()
+    require_finite_response(response, samples)
     found = response.new_zeros(numbers.shape)
     starts = np.array([site.start for site in network.sites])
     homes = np.searchsorted(starts, numbers, side="right") - 1

@@ -298,7 +298,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="4 photos, one network, under 40 s")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Two pretrained ImageNet networks, 20 real photos, four selectors: stores, figures, tables."""
+    """Two pretrained ImageNet networks, 20 real photos, all selectors: stores, figures, tables."""
     from .demo import run_demo
 
     done = run_demo(output, quick=quick, progress=not quiet)

@@ -60,6 +60,10 @@ class SmoothSitesWarning(UserWarning):
     """Some sites are not zero on their inactive side; what the paper proves of dead neurons does not cover them."""
 
 
+class EmptyPathwaysWarning(UserWarning):
+    """A sparsity so high that no neuron is kept."""
+
+
 class NoContributionWarning(UserWarning):
     """Neurons, or whole samples, of which no score is above 0: the response does not depend on them."""
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .errors import StoreError
+from .errors import EmptyPathwaysWarning, RestrictionError, StoreError
 from .given import (
     checked_ids,
     checked_number,
@@ -90,6 +90,8 @@ class Job:
         preprocessing: str,
         classes: Sequence[str],
     ) -> None:
+        if network._restriction is not None:
+            raise RestrictionError("compute: the network is restricted; leave the with block first")
         self.network, self.dataset, self.path = network, dataset, checked_path(path)
         self.folder = parts_folder(path)
         self.ids = checked_ids(dataset)
@@ -115,6 +117,18 @@ class Job:
                 checked_number("diagnose", diagnose, 0),
             )
         )
+        self._warn_of_empty()
+
+    def _warn_of_empty(self) -> None:
+        index = self.network.index
+        for sparsity in self.recipe.sparsities:
+            if index.kept(sparsity) == 0 and not all(selector.single for selector in self.recipe.selectors):
+                warnings.warn(
+                    f"compute: the sparsity {sparsity!r} keeps none of {index.units} neurons; leave it out, or take "
+                    f"one of at most {1 - 1 / index.units!r}",
+                    EmptyPathwaysWarning,
+                    stacklevel=4,
+                )
 
     def _before(self) -> dict[str, Any] | None:
         """The record of the job whose store or parts are there."""

@@ -34,7 +34,7 @@ def find_original(network: Network, x: Any, target: type_of_target) -> Original:
         logits = network.response.logits(output)
         resolved = network._resolve(output, samples)
         value = respond(network.response, output, resolved, samples.batch)
-    _require_finite(value, samples)
+    require_finite_response(value, samples)
     probability = prediction = None
     if logits is not None and resolved is not None:
         probability = logits.softmax(dim=1).gather(1, resolved.unsqueeze(1)).squeeze(1)
@@ -87,7 +87,8 @@ def find_outcome(
     return Outcome(value, probability, same, dropped, torch.from_numpy(live).to(network.device))
 
 
-def _require_finite(value: Tensor, samples: Samples) -> None:
+def require_finite_response(value: Tensor, samples: Samples) -> None:
+    """Raise `SampleError` for samples whose response `(B,)` is NaN or infinite."""
     bad = torch.nonzero(~torch.isfinite(value)).flatten().tolist()
     if bad:
         raise SampleError(

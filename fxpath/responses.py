@@ -215,6 +215,11 @@ def respond(response: Response, output: Any, target: Tensor | None, batch: int) 
     if not isinstance(value, Tensor) or value.shape != (batch,) or value.is_complex():
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"response {response.name!r}: expected one real number per sample, ({batch},), found {found}")
+    if not value.is_floating_point():
+        raise InputError(
+            f"response {response.name!r}: expected a floating-point number per sample, which has a gradient, found "
+            f"{value.dtype}; a count or a class number has none"
+        )
     return value
 
 

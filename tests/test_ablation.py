@@ -185,6 +185,20 @@ def test_bad_input() -> None:
         marginal_contributions(network, x, [0])
 
 
+def test_a_network_that_overflows() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()
+    x = torch.rand(3, 4, dtype=torch.float64)
+    network = fxpath.trace(module, x)
+    with torch.no_grad():
+        module[2].weight[:] = torch.finfo(torch.float64).max
+    x[1] = 1e10
+    with pytest.raises(
+        SampleError, match="response: it is NaN or infinite for sample 1; the network overflows"
+    ) as seen:
+        marginal_contributions(network, x, [0])
+    assert seen.value.positions == (1,)
+
+
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_in_any_mode(context: Any) -> None:
     network, x = traced("Concat"), BY_NAME["Concat"].x(2)

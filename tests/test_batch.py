@@ -39,7 +39,16 @@ from torch.utils.data import Subset
 
 import fxpath
 from fxpath import batch, parts, records
-from fxpath.errors import ImageError, InputError, ModelError, SampleError, SparsityError, StoreError
+from fxpath.errors import (
+    EmptyPathwaysWarning,
+    ImageError,
+    InputError,
+    ModelError,
+    RestrictionError,
+    SampleError,
+    SparsityError,
+    StoreError,
+)
 from fxpath.images import ImageSamples, photos
 from fxpath.job import Job
 from fxpath.pathways import Selection
@@ -839,6 +848,16 @@ def test_what_cannot_be_asked_for(tmp_path: Path, options: dict[str, Any], error
     assert names_in(tmp_path) == []
 
 
+def test_a_sparsity_that_keeps_nothing_is_warned_of(tmp_path: Path) -> None:
+    units = small().index.units
+    with pytest.warns(EmptyPathwaysWarning, match=f"sparsity 0.999999 keeps none of {units} neurons") as seen:
+        run(Chosen(range(3)), tmp_path / "run.h5", selectors=["neuron_mct", "active"], sparsities=[0.9, 0.999999])
+    assert len(seen) == 1
+    highest = 1 - 1 / units
+    assert str(seen[0].message).endswith(f"at most {highest!r}")
+    assert small().index.kept(highest) == 1
+
+
 class Stream:
     def __iter__(self) -> Iterator[Any]:
         return iter(inputs())
@@ -905,7 +924,7 @@ def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
 def test_a_restricted_network_and_one_in_training_mode(tmp_path: Path) -> None:
     network = fxpath.trace(module(), torch.zeros(2, 3, 32, 32))
     mask = torch.ones(1, network.index.size, dtype=torch.bool)
-    with network.masked(fxpath.Pathways(mask, network.index)), pytest.raises(fxpath.FxpathError, match="restricted"):
+    with network.masked(fxpath.Pathways(mask, network.index)), pytest.raises(RestrictionError, match=r"^compute: the"):
         run(Chosen(range(3)), tmp_path / "run.h5", network)
     model = module()
     network = fxpath.trace(model, torch.zeros(2, 3, 32, 32))
@@ -1148,7 +1167,7 @@ class Two(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.out = nn.Linear(6, 9), nn.Linear(4, 9), nn.Linear(9, 1)
+        self.one, self.two, self.out = nn.Linear(6, 12), nn.Linear(4, 12), nn.Linear(12, 1)
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return self.out(torch.relu(self.one(left) + self.two(right))).flatten()

@@ -618,6 +618,12 @@ def test_targets() -> None:
         ("Plain", Margin(against=9), "respond", r"margin: expected a class in 0 … 3, found 9"),
         ("Plain", OutputFunction(lambda y: y), "respond", r"one real number per sample, \(3,\), found \(3, 4\)"),
         ("Plain", OutputFunction(lambda y: 1.0), "gradients", r"one real number per sample, \(3,\), found float"),
+        (
+            "Plain",
+            OutputFunction(lambda y: y.argmax(dim=1)),
+            "respond",
+            r"expected a floating-point .*, found torch.int64",
+        ),
     ],
 )
 def test_responses_that_do_not_fit(name: str, response: Any, call: str, message: str) -> None:

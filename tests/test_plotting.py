@@ -374,3 +374,13 @@ def test_scripts_go_from_stores_to_figures(tmp_path: Path, script: str, written:
     assert wrong.returncode == 2
     assert "nothing.h5: there is no such file" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def test_a_pair_that_no_store_has_leaves_nothing_behind(tmp_path: Path) -> None:
+    synthetic_store(tmp_path / "run.h5", 3, ["neuron_mct@0.9", "random@0.9"])
+    command = [sys.executable, str(ROOT / "analyses" / "overlap.py"), str(tmp_path / "run.h5")]
+    command += ["-o", str(tmp_path / "out"), "--pair", "neuron_mct", "randon"]
+    wrong = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
+    assert wrong.returncode == 2
+    assert "there is no pair 'neuron_mct with randon'; nearest: neuron_mct@0.9 with random@0.9" in wrong.stderr
+    assert not (tmp_path / "out").exists()
