@@ -157,7 +157,7 @@ def test_a_job_keeps_memory_while_it_runs(fails: bool, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(fxpath.batch, "kept_memory", noted)
     monkeypatch.setattr(fxpath.batch, "compute_rows", computing)
-    network = fxpath.trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.zeros(2, 4))
+    network = fxpath.trace(nn.Sequential(nn.Linear(4, 200), nn.ReLU(), nn.Linear(200, 3)).eval(), torch.zeros(2, 4))
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="now") if fails else nullcontext():
         fxpath.compute(network, Data(torch.randn(3, 4)), tmp_path / "run.h5", threads=1, progress=False)
