@@ -30,7 +30,8 @@ from fxpath.network import Network
 from fxpath.ranks import rank_correlation
 from fxpath.responses import OutputFunction
 from fxpath.samples import Samples
-from fxpath.selectors import baselines, descent
+from fxpath.selectors import baselines
+from fxpath.selectors.ground import Ground
 from fxpath.selectors.registry import family, parameters, parse
 from fxpath.selectors.routing import DGR, PRESETS, Routing
 
@@ -653,7 +654,7 @@ class Strided(Small):
 def test_images_run_channels_last_where_they_can(kind: type[Small], last: bool, x: Tensor) -> None:
     model = model_of(kind)
     net = fxpath.trace(model, x[:2])
-    ground = descent.Ground.of(net, net.samples(x), net.original(x))
+    ground = Ground.of(net, net.samples(x), net.original(x))
     assert ground.samples.tensors[0].is_contiguous(memory_format=torch.channels_last) == last
     torch.testing.assert_close(ground.output, model(x), rtol=1e-12, atol=1e-12)
     setting = SETTINGS["as in the paper"]

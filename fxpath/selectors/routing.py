@@ -19,7 +19,8 @@ from ..neurons import NeuronIndex
 from ..pathways import Pathways, Scores, Selection
 from ..ranks import rank_correlation
 from .baselines import generator_of
-from .descent import LARGEST, Descent, Ground, Reference, Schedule, descend
+from .descent import LARGEST, Descent, Reference, Schedule, descend
+from .ground import Ground
 from .registry import register
 
 if TYPE_CHECKING:

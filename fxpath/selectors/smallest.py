@@ -6,7 +6,7 @@ One thread does it: a second would have to wait until those that ran the network
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,15 @@ class Scan:
     """Reads the scores of one sample after the other, in sites of `sizes` neurons, which are numbered through.
 
     Scores are never stored: only those below a bound are kept and partitioned. `finite` tells whether all scores of
-    the last sample were.
+    the last sample were. `numbers`, where neurons lie in another order than they are numbered in, gives the numbers of
+    places.
     """
 
-    def __init__(self, sizes: Sequence[int], kind: npt.DTypeLike) -> None:
+    def __init__(
+        self, sizes: Sequence[int], kind: npt.DTypeLike, numbers: Callable[[Numbers], Numbers] | None = None
+    ) -> None:
         self.finite = True
+        self._numbers = numbers
         self._scores, self._small = np.empty(_BLOCK, dtype=kind), np.empty((2, _BLOCK), dtype=np.bool_)
         self._blocks: list[list[tuple[int, slice, slice]]] = [[]]  # site, where in the site, where in the block
         used = 0
@@ -45,7 +49,7 @@ class Scan:
     def smallest(
         self, values: Rows, slopes: Rows, count: int, effective: npt.NDArray[np.bool_], before: float | None = None
     ) -> tuple[Numbers, float | None]:
-        """Numbers of the `count` smallest scores that are not 0, in no order, and the largest of these scores.
+        """Places of the `count` smallest scores that are not 0, in no order, and the largest of these scores.
 
         Of equal scores the larger number is taken first: what is left is what a threshold of contributions would keep.
         Where there are fewer, all of them, and None. `values` a and `slopes` ∂Φ/∂a are those of each site `(units,)`;
@@ -63,6 +67,8 @@ class Scan:
         chosen: Numbers = numbers[scores <= threshold]
         if chosen.size > count:
             below, tied = numbers[scores < threshold], numbers[scores == threshold]
+            if self._numbers is not None:
+                tied = tied[np.argsort(self._numbers(tied))]
             chosen = np.concatenate([below, tied[tied.size - (count - below.size) :]])
         return chosen, float(threshold)
 
