@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import InputError
+from .errors import InputError, SampleError
 from .neurons import NeuronIndex, Site
 from .outcomes import require_finite_response
 from .pathways import Scores
@@ -53,7 +53,13 @@ def marginal_contributions(
     numbers = _numbers(network, neurons, samples.batch)
     pieces = [list(range(samples.batch))[first : first + max_batch] for first in range(0, samples.batch, max_batch)]
     with tqdm(total=numbers.size, desc="ablation", unit="neuron", delay=2, leave=False, disable=not progress) as bar:
-        found = [_of_some(network, samples.take(rows), numbers[rows], max_batch, bar) for rows in pieces]
+        found = []
+        for rows in pieces:
+            try:
+                found.append(_of_some(network, samples.take(rows), numbers[rows], max_batch, bar))
+            except SampleError as error:
+                places = [rows[place] for place in error.positions]
+                raise SampleError(str(error), places, error.reasons) from error
     return torch.cat(found)
 
 

@@ -121,11 +121,13 @@ class Job:
 
     def _warn_of_empty(self) -> None:
         index = self.network.index
+        digits = len(str(index.units))
+        highest = (index.units - 1) * 10**digits // index.units / 10**digits
         for sparsity in self.recipe.sparsities:
             if index.kept(sparsity) == 0 and not all(selector.single for selector in self.recipe.selectors):
                 warnings.warn(
                     f"compute: the sparsity {sparsity!r} keeps none of {index.units} neurons; leave it out, or take "
-                    f"one of at most {1 - 1 / index.units!r}",
+                    f"one of at most {highest!r}",
                     EmptyPathwaysWarning,
                     stacklevel=4,
                 )

@@ -23,7 +23,7 @@ from .neurons import Granularity, Site
 from .outcomes import find_original, find_outcome
 from .pathways import Pathways
 from .responses import Response, checked_response, logit, resolve_target, respond
-from .rewriting import SiteSpec, choose_sites, insert_gates, site_edges
+from .rewriting import SiteSpec, altered, choose_sites, insert_gates, site_edges
 from .samples import Samples, type_of_target
 from .suffixes import Parts, Suffix
 from .tracing import Traced, plain_attention, trace_module
@@ -110,6 +110,7 @@ class Network:
         self._restriction: Restriction | None = None
         self._parts: dict[tuple[Any, ...], Parts] = {}
         self._narrowed: dict[int, tuple[fx.GraphModule, fx.Node] | None] = {}
+        self._formats: dict[tuple[Any, ...], bool] = {}
         self.index = measured(self._module, traced.bind, example, chosen, granularity)
         self.edges = tuple(site_edges(self._module))
         parents = {target for source, target in self.edges if source >= 0}
@@ -148,6 +149,11 @@ class Network:
 
     def __repr__(self) -> str:
         return f"Network({len(self.sites)} sites, {self.index.size} neurons, response={self.response.name!r})"
+
+    @property
+    def _altered(self) -> frozenset[int]:
+        """Which of the modules that the graph calls have hooks or another forward now; what was tried depends on it."""
+        return frozenset(place for place, module in enumerate(self._called) if altered(module))
 
     # --- running ---
 

@@ -10,7 +10,6 @@ answers otherwise than the plain graph is not used. The trials are on random val
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from .rewriting import Cut
 from .samples import Samples
 from .suffixes import Parts, before, outside, parts_of
 from .tracing import plain_attention
+from .trials import random_like, unless_it_fails
 
 if TYPE_CHECKING:
     from .network import Network
@@ -32,7 +32,6 @@ SINGLY, REPEATED, RERUN = 0, 1, 2  # one copy at a time; tensors that are read f
 WHOLE, TAIL = 0, 1  # from the site itself, or from the last values that are affine in α
 _BLOCK = 16  # rows of a last layer that are computed at a time, alike
 _FACTORS = (1.0, 0.5)  # of the activations that are tried
-_SHORT = re.compile("allocate memory|enough memory|out of memory")
 _ROUNDING, _TELLING = 8, 32  # units in the last place: what rounding may do; and by how much answers must differ
 
 
@@ -141,13 +140,13 @@ class SiteRuns:
         batch = self._given[0].batch
         if (batch, self._classes) not in plain.forms:
             forms = [(narrow, True), (plain, True), (narrow, False)] if narrow.narrow else [(plain, True)]
-            expected = _unless_it_fails(lambda: self._probe(plain, False)._alone())
+            expected = unless_it_fails(lambda: self._probe(plain, False)._alone())
             found = (form for form in forms if expected and self._formed(form, expected))
             plain.forms[batch, self._classes] = next(found, (plain, False))
         return plain.forms[batch, self._classes]
 
     def _formed(self, form: tuple[Parts, bool], expected: list[list[Tensor]]) -> bool:
-        found = _unless_it_fails(lambda: self._probe(*form)._alone())
+        found = unless_it_fails(lambda: self._probe(*form)._alone())
         return found is not None and _agree([each[:1] for each in found], [each[:1] for each in expected])
 
     @torch.inference_mode(False)
@@ -157,8 +156,8 @@ class SiteRuns:
         if target is not None and self._classes is not None:
             target = torch.arange(samples.batch, device=samples.device) % self._classes
         probe = copy.copy(self)
-        probe._fill(parts, channels_last, samples.map(_random), target)
-        probe.activation = probe._laid_out(_random(probe.activation).abs())
+        probe._fill(parts, channels_last, samples.map(random_like), target)
+        probe.activation = probe._laid_out(random_like(probe.activation).abs())
         return probe
 
     @torch.inference_mode(False)
@@ -180,10 +179,10 @@ class SiteRuns:
         return self._parts.ways[key]
 
     def _sound_ways(self, ways: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        probe = _unless_it_fails(lambda: self._probe(self._parts, self._channels_last))
-        alone = probe and _unless_it_fails(probe._alone)
+        probe = unless_it_fails(lambda: self._probe(self._parts, self._channels_last))
+        alone = probe and unless_it_fails(probe._alone)
         if alone and (_tell(*alone) or not self.leads):
-            yield from (way for way in ways if _unless_it_fails(partial(probe._sound, way, alone)))
+            yield from (way for way in ways if unless_it_fails(partial(probe._sound, way, alone)))
 
     def _sound(self, way: tuple[int, int], alone: list[list[Tensor]]) -> bool:
         """Whether copies answer as they do `alone`, from where this way starts and as it stacks."""
@@ -325,23 +324,6 @@ def _repeated(value: Any, copies: int, *, single: bool = False) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0 or (single and value.shape[0] == 1):
         return value
     return value.unsqueeze(0).expand(copies, *value.shape).flatten(0, 1)
-
-
-def _random(tensor: Tensor) -> Tensor:
-    """Normal numbers, always the same ones, in place of a tensor's; whole numbers stay."""
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
-
-
-def _unless_it_fails(work: Callable[[], Any]) -> Any:
-    """What `work` gives, None where it fails, as a graph may in any way on values that it is not made for."""
-    try:
-        return work()
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or _SHORT.search(str(error)):
-            raise
-        return None
 
 
 def _spans(answers: list[list[Tensor]]) -> list[tuple[Tensor, Tensor, float]]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from .gates import Gates
 from .narrowing import CLASSES, narrow
-from .rewriting import GATES, Cut, altered, ancestors, cut, descendants, prefix
+from .rewriting import GATES, Cut, ancestors, cut, descendants, prefix
 from .samples import Samples
 from .scaling import frontier
 from .tracing import plain_attention
@@ -85,8 +85,7 @@ def parts_of(network: Network, number: int, classes: int | None) -> Parts:
 
     `classes`, unless None, is how many the output has; all but the wanted ones are left out where that is possible.
     """
-    hooked = frozenset(place for place, module in enumerate(network._called) if altered(module))
-    key = number, network._restriction is not None, classes, hooked
+    key = number, network._restriction is not None, classes, network._altered
     if key not in network._parts:
         network._parts[key] = _made(network, number, classes)
     return network._parts[key]

@@ -197,6 +197,9 @@ def test_a_network_that_overflows() -> None:
     ) as seen:
         marginal_contributions(network, x, [0])
     assert seen.value.positions == (1,)
+    with pytest.raises(SampleError, match="for sample 1") as seen:
+        marginal_contributions(network, x, [0], max_batch=1)
+    assert seen.value.positions == (1,)
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])

@@ -853,9 +853,18 @@ def test_a_sparsity_that_keeps_nothing_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(EmptyPathwaysWarning, match=f"sparsity 0.999999 keeps none of {units} neurons") as seen:
         run(Chosen(range(3)), tmp_path / "run.h5", selectors=["neuron_mct", "active"], sparsities=[0.9, 0.999999])
     assert len(seen) == 1
-    highest = 1 - 1 / units
-    assert str(seen[0].message).endswith(f"at most {highest!r}")
+    highest = float(str(seen[0].message).rpartition(" ")[2])
     assert small().index.kept(highest) == 1
+    assert highest > 1 - 2 / units
+
+
+@pytest.mark.parametrize("units", [2, 3, 7, 10, 11, 2763])
+def test_the_sparsity_that_is_advised_keeps_a_neuron(tmp_path: Path, units: int) -> None:
+    model = nn.Sequential(nn.Linear(2, units), nn.ReLU(), nn.Linear(units, 2)).eval()
+    network = fxpath.trace(model, torch.zeros(2, 2))
+    with pytest.warns(EmptyPathwaysWarning) as seen:
+        batch.plan(network, [torch.ones(2)] * 2, tmp_path / "run.h5", sparsities=[0.99999])
+    assert network.index.kept(float(str(seen[0].message).rpartition(" ")[2])) >= 1
 
 
 class Stream:

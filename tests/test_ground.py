@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from networks import BY_NAME, traced
+from test_pruning import naive
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fxpath
+from fxpath.answers import Pass
 from fxpath.network import Network
 from fxpath.neurons import NeuronIndex
 from fxpath.samples import Samples
 from fxpath.selectors import GreedyPruning, pruning
+from fxpath.selectors import ground as ground_room
 from fxpath.selectors.ground import Ground, MemoryOrder
 from fxpath.selectors.pruning import Descent
 
@@ -85,15 +89,130 @@ def test_what_lies_otherwise_than_expected_is_copied() -> None:
 
 def test_only_what_lies_otherwise_has_moved() -> None:
     network, x = traced("Concat"), BY_NAME["Concat"].x(2)
-    ground = Ground.of(network, network.samples(x), network.original(x))
+    ground = Ground.of(network, network.samples(x))
     assert ground.moved
     assert ground.samples.tensors[0].is_contiguous(memory_format=LAST)
     already = x.contiguous(memory_format=LAST)
-    ground = Ground.of(network, network.samples(already), network.original(already))
+    ground = Ground.of(network, network.samples(already))
     assert not ground.moved
     assert ground.samples.tensors[0].is_contiguous(memory_format=LAST)
     flat, y = traced("MLP"), BY_NAME["MLP"].x(2)
-    assert not Ground.of(flat, flat.samples(y), flat.original(y)).moved
+    assert not Ground.of(flat, flat.samples(y)).moved
+
+
+class Picky(nn.Module):
+    """A leaf that takes images only as they usually lie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_contiguous():
+            raise ValueError("planes first, please")
+        return x + 1
+
+
+class Unviewable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope.view(slope.shape[0], -1).view(slope.shape) * 2
+
+
+class PickyBackward(nn.Module):
+    """A leaf whose backward pass does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(Unviewable.apply(x))
+
+
+class Ordered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.plain = x.is_contiguous()
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * 2 if ctx.plain else slope
+
+
+class WrongBackward(nn.Module):
+    """A leaf whose backward pass is right only so, and does not say it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Ordered.apply(x)  # type: ignore[no-any-return]
+
+
+class AsItLies(nn.Module):
+    """Neurons numbered as they lie in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x.as_strided((x.shape[0], 75), (75, 1)))
+
+
+class Around(nn.Module):
+    def __init__(self, leaf: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.leaf = nn.Conv2d(2, 3, 3), leaf
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.leaf(torch.relu(self.conv(x))).flatten(1)
+        return torch.stack([y.sum(1), y.square().sum(1)], dim=1)
+
+
+@pytest.mark.filterwarnings("ignore::fxpath.errors.SmoothSitesWarning")
+@pytest.mark.parametrize("leaf", [Picky, PickyBackward, WrongBackward, AsItLies], ids=lambda leaf: leaf.__name__)
+def test_where_another_format_fails_or_says_otherwise_it_is_not_used(leaf: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 7, 7, dtype=torch.float64)
+    sites = ["rectifiers", leaf] if leaf is AsItLies else "rectifiers"
+    network = fxpath.trace(Around(leaf()).double().eval(), x[:2], leaves=[leaf], sites=sites)  # type: ignore[arg-type]
+    assert not Ground.of(network, network.samples(x)).moved
+    selection = GreedyPruning(share=0.1).select(network, x, (0.5,))
+    for row in range(3):
+        expected = naive(network, Samples(x).take([row]), "0.1", (0.5,))
+        assert torch.equal(selection.pathways[0.5].mask[row], expected.masks[0.5])
+
+
+def test_coarse_types_stay_as_they_are() -> None:
+    model, x = BY_NAME["Concat"].model(), BY_NAME["Concat"].x(2)
+    for kind, moved in ((torch.float32, True), (torch.float64, True), (torch.bfloat16, False)):
+        network = fxpath.trace(model.to(kind), x.to(kind))
+        assert Ground.of(network, network.samples(x.to(kind))).moved == moved
+
+
+def test_it_is_tried_once_and_no_sample_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = whole()
+    tried = []
+
+    def noted(network: Network, samples: Samples) -> bool:
+        tried.append(samples.batch)
+        return alike(network, samples)
+
+    alike = ground_room._answers_alike
+    monkeypatch.setattr(ground_room, "_answers_alike", noted)
+    for given in (x, x * 1e30, x[:2], torch.zeros_like(x)):
+        assert Ground.of(network, network.samples(given)).moved
+    assert tried == [2]
+    network._module.get_submodule("one").register_forward_hook(lambda _module, _given, found: found.contiguous())
+    Ground.of(network, network.samples(x))
+    assert tried == [2, 2]
+
+
+def test_memory_that_runs_out_in_a_trial_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = whole()
+
+    def failing(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Network, "gradients", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        Ground.of(network, network.samples(x))
+    assert network._formats == {}
+
+
+# --- equal scores, and what stays in memory -------------------------------------------------------------------------
 
 
 class Whole(nn.Module):
@@ -139,6 +258,27 @@ def test_of_equal_scores_the_larger_number_goes_first_in_any_format() -> None:
         assert ties > 3
 
 
+@pytest.mark.parametrize("granularity", ["unit", "channel"])
+def test_a_state_s_activations_are_gone_when_the_next_one_runs(
+    monkeypatch: pytest.MonkeyPatch, granularity: Literal["unit", "channel"]
+) -> None:
+    _, x = whole()
+    network = fxpath.trace(Whole().eval(), x[:2], granularity=granularity)
+    GreedyPruning(share=0.1).select(network, x, (0.9,))  # the trial
+    plain, before, alive = Network.gradients, [], []
+
+    def gradients(self: Network, *given: Any) -> Pass:
+        alive.append(sum(not each.expired() for each in before))
+        run = plain(self, *given)
+        before[:] = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*run.activations, *run.gradients)]
+        return run
+
+    monkeypatch.setattr(Network, "gradients", gradients)
+    GreedyPruning(share=0.1).select(network, x, (0.9,))
+    assert len(alive) > 3
+    assert set(alive) == {0}
+
+
 def test_in_any_format_the_same_is_selected() -> None:
     network, x = whole()
     levels = (0.3, 0.6, 0.8, 0.9)
@@ -173,7 +313,7 @@ class Edge(nn.Module):
 def shifted(monkeypatch: pytest.MonkeyPatch, shift: Tensor) -> None:
     """Let descents run as if another memory format had other last bits."""
 
-    def of(network: Network, samples: Samples, original: Any) -> Ground:
+    def of(network: Network, samples: Samples) -> Ground:
         return Ground._seen(network, samples.map(lambda x: x + shift), moved=True)
 
     monkeypatch.setattr(pruning.Ground, "of", of)

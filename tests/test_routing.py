@@ -654,7 +654,7 @@ class Strided(Small):
 def test_images_run_channels_last_where_they_can(kind: type[Small], last: bool, x: Tensor) -> None:
     model = model_of(kind)
     net = fxpath.trace(model, x[:2])
-    ground = Ground.of(net, net.samples(x), net.original(x))
+    ground = Ground.of(net, net.samples(x))
     assert ground.samples.tensors[0].is_contiguous(memory_format=torch.channels_last) == last
     torch.testing.assert_close(ground.output, model(x), rtol=1e-12, atol=1e-12)
     setting = SETTINGS["as in the paper"]

@@ -163,7 +163,7 @@ class DGR:
         given = None if init is None else _checked_start(init, (samples.batch, index.size))
         original = network.original(samples)
         with kept_memory(), torch.inference_mode(False):
-            ground = Ground.of(network, samples, original)
+            ground = Ground.of(network, samples)
             reference = Reference.of(network, ground.output, original.target, samples.batch, self.tolerance)
             kind = reduce(torch.promote_types, (layout.dtype for layout in ground.layouts), torch.float32)
             start = torch.empty((samples.batch, index.size), dtype=kind, device=samples.device)
