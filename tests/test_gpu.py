@@ -32,7 +32,7 @@ def test_thresholds_and_bits_are_those_of_the_host() -> None:
     network, _ = network_on("cuda")
     signed = torch.randn(3, network.index.size, generator=torch.Generator().manual_seed(1)).round(decimals=1)
     here = fxpath.Scores(signed, network.index).threshold([0.0, 0.5, 0.9])
-    there = fxpath.Scores(signed.cuda(), network.index).threshold([0.0, 0.5, 0.9])
+    there = fxpath.Scores(signed.to("cuda"), network.index).threshold([0.0, 0.5, 0.9])
     for host, device in zip(here, there, strict=True):
         assert device.mask.is_cuda
         assert torch.equal(host.mask, device.mask.cpu())

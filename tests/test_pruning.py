@@ -918,9 +918,9 @@ def test_the_device_selects_what_the_host_does() -> None:
         case = BY_NAME[name]
         x = case.x(4, seed=7)
         host = case.trace(granularity=granularity)
-        there = fxpath.trace(case.model().cuda(), x.cuda(), granularity=granularity)
+        there = fxpath.trace(case.model().to("cuda"), x.to("cuda"), granularity=granularity)
         here = GreedyPruning(share=0.05).select(host, x, LEVELS)
-        found = GreedyPruning(share=0.05).select(there, x.cuda(), LEVELS)
+        found = GreedyPruning(share=0.05).select(there, x.to("cuda"), LEVELS)
         assert found.missing == here.missing
         for level, pathways in found.pathways.items():
             assert pathways.mask.is_cuda
