@@ -1120,7 +1120,9 @@ def test_memory_does_not_grow_with_samples(tmp_path: Path, monkeypatch: pytest.M
     report = run(Many(240), tmp_path / "run.h5", selectors=["neuron_mct"], micro_batch=2, scores="float32")
     assert report.computed == 240
     assert len(seen) == 120
-    assert max(seen[80:]) - max(seen[30:50]) < 4 * 2**20
+    # the heap may take a step once; what is left behind would show in every stretch, scores alone by 2 MiB
+    stretches = [max(seen[start : start + 20]) for start in range(20, 120, 20)]
+    assert min(np.diff(stretches)) < 2**18
     with fxpath.open_store(tmp_path / "run.h5") as store:
         assert len(store) == 240
         assert store.ok.all()
