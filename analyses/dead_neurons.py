@@ -6,39 +6,24 @@ python analyses/dead_neurons.py run.h5 [other.h5 …] -o FOLDER
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-import pandas as pd
+from common import KEY, parser_of, start, tables_of
 
 from fxpath.analysis import dead_share
-from fxpath.errors import FxpathError
 from fxpath.files import save_table
-from fxpath.labels import store_names
 from fxpath.plotting import dead_by_site_figure, dead_figure, density_by_site_figure, save
-from fxpath.store import open_store
 
 SHARES = ["dead_share", "low", "high", "switched_on_share", "still_dead_share", "base_rate", "null_mean", "z"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stores", nargs="+", type=Path, metavar="STORE", help="what `fxpath compute` wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="for the CSV and figures")
-    parser.add_argument("--key", action="append", metavar="KEY", help="only this pathway; may be given several times")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except FxpathError as problem:
-        parser.error(str(problem))
+    parser = parser_of(__doc__)
+    parser.add_argument("--key", **KEY)
+    start(parser, run)
 
 
 def run(options: argparse.Namespace) -> None:
-    tables = {}
-    for name, path in zip(store_names(options.stores), options.stores, strict=True):
-        with open_store(path) as store:
-            tables[name] = dead_share(store, options.key, seed=options.seed)
-    joined = pd.concat(tables, names=["store", "row"]).reset_index("store")
+    tables, joined = tables_of(options.stores, lambda store: dead_share(store, options.key, seed=options.seed))
     shown = joined[joined["site_number"] < 0][["store", "key", "samples", "density", *SHARES]]
     print(shown.to_string(index=False, float_format="{:.4f}".format))
     print("null_mean, z: against random neurons, as many of each site; of RandomActive neurons none is dead")

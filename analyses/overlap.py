@@ -6,41 +6,28 @@ python analyses/overlap.py run.h5 [other.h5 …] -o FOLDER [--pair neuron_mct dg
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-import pandas as pd
+from common import parser_of, start, tables_of
 
 from fxpath.analysis import overlap
-from fxpath.errors import FxpathError
 from fxpath.files import save_table
-from fxpath.labels import store_names
 from fxpath.plotting import overlap_by_site_figure, overlap_matrix_figure, save
-from fxpath.store import open_store
 
 SHOWN = ["store", "first", "second", "samples", "jaccard", "low", "high", "chance", "null_mean", "z"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stores", nargs="+", type=Path, metavar="STORE", help="what `fxpath compute` wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="for the CSV and figures")
+    parser = parser_of(__doc__)
     parser.add_argument("--sparsity", help="only pathways of this sparsity (default: all)")
     pair_help = "selectors of a line over sites; may be given several times (default: the pairs that overlap most)"
     parser.add_argument("--pair", nargs=2, action="append", metavar=("ONE", "TWO"), help=pair_help)
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except FxpathError as problem:
-        parser.error(str(problem))
+    start(parser, run)
 
 
 def run(options: argparse.Namespace) -> None:
-    tables = {}
-    for name, path in zip(store_names(options.stores), options.stores, strict=True):
-        with open_store(path) as store:
-            tables[name] = overlap(store, sparsity=options.sparsity, seed=options.seed)
-    joined = pd.concat(tables, names=["store", "row"]).reset_index("store")
+    tables, joined = tables_of(
+        options.stores, lambda store: overlap(store, sparsity=options.sparsity, seed=options.seed)
+    )
     print(joined[joined["site_number"] < 0][SHOWN].to_string(index=False, float_format="{:.4f}".format))
     figures = {}
     for level in sorted(joined["sparsity"].dropna().unique()):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
+
+from fxpath.network import Network
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs")))
 
@@ -110,3 +113,23 @@ class Watched(nn.Module):
         if self.record.fails_at == self.record.calls:
             raise RuntimeError("this activation fails")
         return y
+
+
+def require_clean_failures(
+    network: Network, model: nn.Module, record: Record, turns: Iterable[int], call: Callable[[], Any]
+) -> None:
+    """Let `call` run once for each turn, in which that activation fails: the failure is raised and nothing of it stays.
+
+    `record` is that of a `Watched` in `model`, of which `network` was traced.
+    """
+    for turn in turns:
+        record.start(fails_at=turn)
+        with unchanged(model, network._module):
+            try:
+                call()
+            except RuntimeError as error:
+                assert "this activation fails" in str(error), turn  # noqa: PT017
+            else:
+                pytest.fail(f"it should have failed at activation {turn}")
+        assert record.alive() == 0, turn
+        assert network._restriction is None, turn

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,15 +41,10 @@ SCORED = ("neuron_mct", "neuron_intgrad:steps=3", "magnitude")
 FAMILIES = ("neuron_mct", "magnitude")
 MIXED = ("random", "neuron_mct", "active", "magnitude")
 
-pytestmark = pytest.mark.filterwarnings("ignore::fxpath.errors.NoContributionWarning")  # tiny networks, some all dead
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::fxpath.errors.NoContributionWarning"),  # tiny networks, some all dead
+]
 
 
 def recipe(*selectors: Any, **changes: Any) -> Recipe:

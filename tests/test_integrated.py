@@ -17,7 +17,7 @@ import pytest
 import torch
 import torchvision
 from captum.attr import IntegratedGradients
-from footprint import unchanged
+from footprint import require_clean_failures, unchanged
 from networks import BY_NAME, CASES, Case, traced
 from processes import run
 from small_jobs import cifar, small
@@ -848,16 +848,7 @@ def test_nothing_is_left_behind_when_an_activation_fails(selector: NeuronIntGrad
     assert runs > 10
     with uncollected():
         count = tensors()
-        for turn in range(1, runs + 1):
-            record.start(fails_at=turn)
-            with unchanged(model, network._module):
-                try:
-                    selector.scores(network, x)
-                except RuntimeError as error:
-                    assert "this activation fails" in str(error)  # noqa: PT017
-                else:
-                    pytest.fail("it should have failed")
-            assert record.alive() == 0, turn
+        require_clean_failures(network, model, record, range(1, runs + 1), lambda: selector.scores(network, x))
         assert tensors() == count
     record.start()
     assert torch.equal(selector.scores(network, x).signed, expected)

@@ -12,12 +12,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from footprint import Watched, unchanged
+from footprint import Watched, require_clean_failures, unchanged
 from networks import BY_NAME, DataBranch
 from torch import Tensor, nn
 
@@ -181,17 +182,8 @@ def test_nothing_is_left_behind_when_an_activation_fails(model: Sighted, x: Tens
     with uncollected():
         count = tensors()
         for name, call in CALLS.items():
-            for turn in range(1, runs[name] + 1):
-                record.start(fails_at=turn)
-                with unchanged(model, network._module):
-                    try:
-                        call(network, x, pathways)
-                    except RuntimeError as error:
-                        assert "this activation fails" in str(error), name  # noqa: PT017
-                    else:
-                        pytest.fail(f"{name} should have failed")
-                assert record.alive() == 0, (name, turn)
-                assert network._restriction is None, (name, turn)
+            turns = range(1, runs[name] + 1)
+            require_clean_failures(network, model, record, turns, partial(call, network, x, pathways))
         assert tensors() == count
     record.start()
     assert torch.equal(network(x), expected)

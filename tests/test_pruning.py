@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from footprint import require_clean_failures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import BY_NAME, CASES, Case, traced
@@ -839,17 +841,8 @@ def test_nothing_is_left_behind(granularity: str) -> None:
         assert runs >= 3 * 4
         assert record.alive() == 0
         assert network._restriction is None
-        for turn in range(1, runs + 1, 2):
-            record.start(fails_at=turn)
-            with unchanged(model, network._module):
-                try:
-                    selector.select(network, x, (0.5, 0.95))
-                except RuntimeError as error:
-                    assert "this activation fails" in str(error)  # noqa: PT017
-                else:
-                    pytest.fail("it should have failed")
-            assert record.alive() == 0, turn
-            assert network._restriction is None, turn
+        call = partial(selector.select, network, x, (0.5, 0.95))
+        require_clean_failures(network, model, record, range(1, runs + 1, 2), call)
         assert tensors() == count
         record.start()
         for _ in Descent(network, x, (0.95,), 0.2):

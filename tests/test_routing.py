@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
-from footprint import Watched, unchanged
+from footprint import Watched, require_clean_failures, unchanged
 from networks import BY_NAME, CASES, Case, traced
 from small_jobs import inputs as pictures
 from small_jobs import small
@@ -737,16 +738,8 @@ def test_nothing_is_left_behind(setting: DGR) -> None:
         runs = record.calls
         assert runs >= 3 * (2 + setting.iterations + 1)
         assert record.alive() == 0
-        for turn in range(1, runs + 1, 5):
-            record.start(fails_at=turn)
-            with unchanged(model, net._module):
-                try:
-                    setting.select(net, x, (0.5,))
-                except RuntimeError as error:
-                    assert "this activation fails" in str(error)  # noqa: PT017
-                else:
-                    pytest.fail("it should have failed")
-            assert record.alive() == 0, turn
+        call = partial(setting.select, net, x, (0.5,))
+        require_clean_failures(net, model, record, range(1, runs + 1, 5), call)
         assert tensors() == count
     assert torch.equal(x, before)
     assert isinstance(model.relu, Watched)
