@@ -1,9 +1,9 @@
 """In-place operations of a traced graph become out-of-place, in the graph alone.
 
-An in-place operation changes every view of its operand. The graph is run once as it is to see which nodes share
-memory; later readers of a node that is the *same* view are moved to the new value. Where memory is shared in any
-other way (a slice that is written to, a view taken before and read after) `AliasError` sends the caller to
-`torch.export`, which functionalises such graphs.
+An in-place operation changes every view of its operand. The graph is run once as it is to see which nodes change a
+tensor and which share memory; later readers of a node that is the *same* view are moved to the new value. Where memory
+is shared in any other way (a slice that is written to, a view taken before and read after) `AliasError` sends the
+caller to `torch.export`, which functionalises such graphs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+
+from .dry import run_dry
 
 _OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(operator, f"i{name}"): getattr(operator, name)
@@ -143,24 +145,31 @@ def _place(tensor: Any) -> tuple[Any, ...]:
     return (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps every value, so that shared memory can be told from memory used again."""
+class MutationAudit(fx.Interpreter):
+    """Runs a graph and notes every node that changes a tensor it was given; with `keep`, every node's value too."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
+    def __init__(self, module: fx.GraphModule, *, keep: bool = False) -> None:
+        super().__init__(module, garbage_collect_values=not keep)
+        self.changed: list[fx.Node] = []
         self.values: dict[fx.Node, Any] = {}
+        self.keep = keep
 
     def run_node(self, n: fx.Node) -> Any:
+        given = [leaf for node in n.all_input_nodes for leaf in _tensors(self.env[node])]
+        versions = [tensor._version for tensor in given]
         value = super().run_node(n)
-        self.values[n] = value
+        if any(tensor._version != version for tensor, version in zip(given, versions, strict=True)):
+            self.changed.append(n)
+        if self.keep:
+            self.values[n] = value
         return value
 
 
 def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
     """Rewrite `module.graph` without in-place operations; `leaves` are the values of its placeholders.
 
-    Raises `MutationError` for an operation without an out-of-place form and `AliasError` where shared memory makes a
-    node-by-node rewriting wrong.
+    Raises `MutationError` for an operation that changes a tensor and has no out-of-place form, and `AliasError` where
+    shared memory makes a node-by-node rewriting wrong.
     """
     twins: dict[fx.Node, fx.Node] = {}
     plain = fx.Graph()
@@ -168,12 +177,13 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
     before = fx.GraphModule(module, plain)  # the graph as traced, for looking at its memory
     order = list(module.graph.nodes)
     changed = [node for node in order if _make_functional(node, module, before)]
+    recorder = run_dry(lambda: MutationAudit(before, keep=bool(changed)), leaves)
+    known = {twins[node] for node in changed if node in twins}
+    left = [node.name for node in recorder.changed if node not in known]
+    if left:
+        raise MutationError(f"nodes that change a tensor in place are left: {', '.join(left)}")
     if not changed:
         return
-    recorder = _Recorder(before)
-    with torch.no_grad():
-        # the copies keep the caller's tensors apart from what the in-place operations write
-        recorder.run(*pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, list(leaves)))
     seen = {node: recorder.values.get(twins[node]) if node in twins else None for node in order}
     storages = {node: {t.untyped_storage()._cdata for t in _tensors(seen[node])} for node in order}
     rank = {node: number for number, node in enumerate(order)}
@@ -196,19 +206,3 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
                 user.replace_input_with(other, node)
     module.graph.lint()
     module.recompile()
-
-
-class MutationAudit(fx.Interpreter):
-    """Runs a graph and notes every node that still changes a tensor it was given."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.changed: list[str] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        given = [leaf for node in n.all_input_nodes for leaf in _tensors(self.env[node])]
-        versions = [tensor._version for tensor in given]
-        value = super().run_node(n)
-        if any(tensor._version != version for tensor, version in zip(given, versions, strict=True)):
-            self.changed.append(n.name)
-        return value

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .dry import run_dry
 from .errors import ModelError, SiteError
 from .gates import Gates
 from .neurons import Granularity, NeuronIndex
-from .rewriting import Activation, channel_axis
+from .rewriting import Activation, channel_axis, gate, prefix
 from .samples import Samples
 from .tracing import NAME
 
@@ -38,35 +39,7 @@ def measured(
     Raises `SiteError` for a site whose first axis is not the batch, and `ModelError` where the graph cannot run on
     one or two samples.
     """
-    shapes: list[dict[int, tuple[int, ...]]] = []
-    folded: dict[int, Tensor] = {}
-    for rows in ([0], [0, min(1, example.batch - 1)]):
-        seen: dict[int, tuple[int, ...]] = {}
-
-        def note(number: int, value: Any, seen: dict[int, tuple[int, ...]] = seen, batch: int = len(rows)) -> None:
-            if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim == 0:
-                raise SiteError(f"site {sites[number].name}: expected a floating-point tensor, found {_kind(value)}")
-            seen[number] = tuple(value.shape)
-            if number in folded:
-                _require_block(sites[number].name, folded.pop(number), value)
-            elif batch == 1 and value.shape[0] > 1:
-                folded[number] = value
-
-        place = _Place(module)
-        with torch.inference_mode(False), torch.no_grad():
-            batch = example.take(rows).map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach())
-            try:
-                place.run(*bind(batch), Gates(NeuronIndex([]), watch=note))
-            except SiteError:
-                raise
-            except Exception as error:
-                raise ModelError(
-                    f"trace: the model cannot run on a batch of {len(rows)}; at {place.at}: "
-                    f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}. Neurons are counted for one "
-                    "sample, so any batch size must do: take it from the input (x.shape[0]) where it is written as a "
-                    "number"
-                ) from error
-        shapes.append(seen)
+    shapes = [_shapes(module, bind, example.take(rows), sites) for rows in ([0], [0, min(1, example.batch - 1)])]
     blocks, axes, folds = [], [], []
     for number, site in enumerate(sites):
         one, two = shapes[0].get(number), shapes[1].get(number)
@@ -81,20 +54,73 @@ def measured(
         blocks.append((site.name, site.op, shape))
         axes.append(max(axis, 0) + (fold > 1))
         folds.append(fold)
+    folded = {number for number, fold in enumerate(folds) if fold > 1}
+    if folded and not example.tensors[0].is_meta:
+        _require_blocks(module, bind, example, sites, folded)
     return NeuronIndex.build(blocks, axes=axes, folds=folds, granularity=granularity)
 
 
-def _require_block(name: str, alone: Tensor, batch: Tensor) -> None:
+def _shapes(
+    module: fx.GraphModule, bind: Callable[[Samples], list[Any]], batch: Samples, sites: Sequence[Activation]
+) -> dict[int, tuple[int, ...]]:
+    """The shape of every site's activation on a batch."""
+    seen: dict[int, tuple[int, ...]] = {}
+    places: list[_Place] = []
+
+    def note(number: int, value: Any) -> None:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim == 0:
+            raise SiteError(f"site {sites[number].name}: expected a floating-point tensor, found {_kind(value)}")
+        seen[number] = tuple(value.shape)
+
+    def make() -> fx.Interpreter:
+        places.append(_Place(module))
+        return places[-1]
+
+    try:
+        with torch.inference_mode(False):
+            run_dry(make, [*bind(batch), Gates(NeuronIndex([]), watch=note)])
+    except SiteError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"trace: the model cannot run on a batch of {batch.batch}; at {places[-1].at}: "
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}. Neurons are counted for one "
+            "sample, so any batch size must do: take it from the input (x.shape[0]) where it is written as a number"
+        ) from error
+    return seen
+
+
+def _require_blocks(
+    module: fx.GraphModule,
+    bind: Callable[[Samples], list[Any]],
+    example: Samples,
+    sites: Sequence[Activation],
+    folded: set[int],
+) -> None:
     """The rows of the first of two samples must be those that it has alone: a block, not every other row."""
-    first = batch[: len(alone)]
-    if alone.is_meta or first.shape != alone.shape:
-        return
-    largest = float(alone.abs().amax()) if alone.numel() else 0.0
-    if not torch.allclose(first, alone, rtol=0.02, atol=0.02 * largest, equal_nan=True):
-        raise SiteError(
-            f"site {name}: expected the rows of a sample one after the other, found those of several samples in turn; "
-            "leave it out with sites=…, or fold with the batch axis first"
-        )
+    alone: dict[int, Tensor] = {}
+
+    def keep(number: int, value: Tensor) -> None:
+        if number in folded:
+            alone[number] = value
+
+    def compare(number: int, value: Tensor) -> None:
+        if number not in folded:
+            return
+        own = alone.pop(number)
+        largest = float(own.abs().amax()) if own.numel() else 0.0
+        if not torch.allclose(value[: len(own)], own, rtol=0.02, atol=0.02 * largest, equal_nan=True):
+            raise SiteError(
+                f"site {sites[number].name}: expected the rows of a sample one after the other, found those of several "
+                "samples in turn; leave it out with sites=…, or fold with the batch axis first"
+            )
+
+    gates = [node for node in module.graph.nodes if node.target is gate and node.args[2] in folded]
+    until = prefix(module, {str(node.args[2]): node for node in gates})
+    with torch.inference_mode(False), torch.no_grad():
+        for rows, watch in (([0], keep), ([0, min(1, example.batch - 1)], compare)):
+            batch = example.take(rows).map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach())
+            until(*bind(batch), Gates(NeuronIndex([]), watch=watch))
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,69 @@
+"""Dry runs: no data is touched, and what cannot run without data runs on copies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxpath
+from fxpath.dry import run_dry
+from fxpath.errors import SmoothSitesWarning
+from fxpath.inplace import MutationAudit
+
+
+class Seeing(nn.Module):
+    """A leaf that can ask for values, and notes where it was run."""
+
+    def __init__(self, *, reads: bool) -> None:
+        super().__init__()
+        self.reads = reads
+        self.register_buffer("calls", torch.zeros(()))
+        self.devices: list[str] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.devices.append(x.device.type)
+        if self.reads and float(x.sum()) > 1e9:
+            raise ValueError("too large")
+        self.calls += 1
+        return x.relu()
+
+
+def graph_of(leaf: Seeing) -> fx.GraphModule:
+    class Leaves(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return True
+
+    model = nn.Sequential(nn.Linear(3, 4), leaf)
+    return fx.GraphModule(model, Leaves().trace(model))
+
+
+def test_a_dry_run_touches_no_data() -> None:
+    leaf = Seeing(reads=False)
+    audit = run_dry(lambda: MutationAudit(graph_of(leaf), keep=True), [torch.ones(2, 3)])
+    assert leaf.devices == ["meta"]
+    assert leaf.calls == 0
+    values = list(audit.values.values())
+    assert values[-1].is_meta
+    assert values[-1].shape == (2, 4)
+
+
+def test_what_reads_values_runs_on_copies() -> None:
+    leaf = Seeing(reads=True)
+    x = torch.ones(2, 3)
+    graph = graph_of(leaf)
+    audit = run_dry(lambda: MutationAudit(graph, keep=True), [x])
+    assert leaf.devices == ["meta", "cpu"]
+    assert leaf.calls == 0, "the run's own buffers are copies"
+    with torch.no_grad():
+        assert torch.equal(list(audit.values.values())[-1], graph(x))
+
+
+def test_tracing_without_the_check_computes_nothing() -> None:
+    leaf = Seeing(reads=False)
+    model = nn.Sequential(nn.Linear(3, 4), leaf).eval()
+    with pytest.warns(SmoothSitesWarning):
+        network = fxpath.trace(model, torch.ones(2, 3), sites=Seeing, check=False)
+    assert set(leaf.devices) == {"meta"}
+    assert network.sites[0].shape == (4,)
+    assert network(torch.ones(2, 3)).shape == (2, 4)
