@@ -26,6 +26,9 @@ _OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
 } | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
 
 
+NUMBERS = "fxpath_numbers"  # node.meta key: whether a node gives floating-point numbers
+
+
 def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:  # noqa: ARG001  (aten's signature)
     """`aten.copy`, which has no derivative of its own: `source` in the shape and type of `target`."""
     return source.to(target.dtype).expand_as(target)
@@ -146,7 +149,10 @@ def _place(tensor: Any) -> tuple[Any, ...]:
 
 
 class MutationAudit(fx.Interpreter):
-    """Runs a graph and notes every node that changes a tensor it was given; with `keep`, every node's value too."""
+    """Runs a graph and notes every node that changes a tensor it was given; with `keep`, every node's value too.
+
+    A node's `meta["fxpath_numbers"]` says whether it gives floating-point numbers, which alone can be activations.
+    """
 
     def __init__(self, module: fx.GraphModule, *, keep: bool = False) -> None:
         super().__init__(module, garbage_collect_values=not keep)
@@ -162,6 +168,7 @@ class MutationAudit(fx.Interpreter):
             self.changed.append(n)
         if self.keep:
             self.values[n] = value
+        n.meta[NUMBERS] = not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
         return value
 
 
@@ -182,6 +189,9 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
     left = [node.name for node in recorder.changed if node not in known]
     if left:
         raise MutationError(f"nodes that change a tensor in place are left: {', '.join(left)}")
+    for node, twin in twins.items():
+        if NUMBERS in twin.meta:
+            node.meta[NUMBERS] = twin.meta[NUMBERS]
     if not changed:
         return
     seen = {node: recorder.values.get(twins[node]) if node in twins else None for node in order}

@@ -8,23 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .activations import Activation
+from .channels import channel_axis
 from .dry import run_dry
 from .errors import ModelError, SiteError
 from .gates import Gates
 from .neurons import Granularity, NeuronIndex
-from .rewriting import Activation, channel_axis, gate, prefix
+from .rewriting import gate, prefix
 from .samples import Samples
 from .tracing import NAME
 
 
 class _Place(fx.Interpreter):
-    """Runs a graph and knows the node that it is at."""
+    """Runs a graph, knows the node that it is at, and notes the shapes of what nodes give."""
 
-    at: str = ""
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.at = ""
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         self.at = str(n.meta.get(NAME, n.name))
-        return super().run_node(n)
+        value = super().run_node(n)
+        first = value[0] if isinstance(value, tuple | list) and value else value  # an LSTM's, attention's
+        if isinstance(first, Tensor):
+            self.shapes[n] = tuple(first.shape)
+        return value
 
 
 def measured(
@@ -39,10 +48,11 @@ def measured(
     Raises `SiteError` for a site whose first axis is not the batch, and `ModelError` where the graph cannot run on
     one or two samples.
     """
-    shapes = [_shapes(module, bind, example.take(rows), sites) for rows in ([0], [0, min(1, example.batch - 1)])]
+    singly, everywhere = _shapes(module, bind, example.take([0]), sites)
+    doubly, _ = _shapes(module, bind, example.take([0, min(1, example.batch - 1)]), sites)
     blocks, axes, folds = [], [], []
     for number, site in enumerate(sites):
-        one, two = shapes[0].get(number), shapes[1].get(number)
+        one, two = singly.get(number), doubly.get(number)
         if one is None or two is None or two != (2 * one[0], *one[1:]):
             raise SiteError(
                 f"site {site.name}: expected its first axis to grow with the batch, found shape {one} for one sample "
@@ -50,9 +60,9 @@ def measured(
             )
         fold = one[0]
         shape = one[1:] if fold == 1 else one
-        axis = channel_axis(site.node, len(one) - 1)
+        axis = channel_axis(site.node, everywhere)
         blocks.append((site.name, site.op, shape))
-        axes.append(max(axis, 0) + (fold > 1))
+        axes.append(max(axis - (fold == 1), 0))  # a fold's rows are an axis of the block, in place of the batch's
         folds.append(fold)
     folded = {number for number, fold in enumerate(folds) if fold > 1}
     if folded and not example.tensors[0].is_meta:
@@ -62,8 +72,8 @@ def measured(
 
 def _shapes(
     module: fx.GraphModule, bind: Callable[[Samples], list[Any]], batch: Samples, sites: Sequence[Activation]
-) -> dict[int, tuple[int, ...]]:
-    """The shape of every site's activation on a batch."""
+) -> tuple[dict[int, tuple[int, ...]], dict[fx.Node, tuple[int, ...]]]:
+    """The shapes on a batch: of every site's activation, by its number, and of every node."""
     seen: dict[int, tuple[int, ...]] = {}
     places: list[_Place] = []
 
@@ -87,7 +97,7 @@ def _shapes(
             f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}. Neurons are counted for one "
             "sample, so any batch size must do: take it from the input (x.shape[0]) where it is written as a number"
         ) from error
-    return seen
+    return seen, places[-1].shapes
 
 
 def _require_blocks(

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .rewriting import altered, called_module, carries_data, gate, operation
+from .nodes import altered, called_module, carries_data, operation
+from .rewriting import gate
 from .tracing import NAME
 
 CLASSES = "fxpath_classes"  # the placeholder through which the last layer gets the wanted classes

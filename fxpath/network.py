@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .activations import SiteSpec, choose_sites
 from .answers import Original, Outcome, Pass
 from .errors import InputError, ModelError, RestrictionError, SiteError, SmoothSitesWarning
 from .gates import Gates, Restriction, flat, grouped, unfilled
 from .measuring import measured
 from .neurons import Granularity, Site
+from .nodes import altered
 from .outcomes import find_original, find_outcome
 from .pathways import Pathways
 from .responses import Response, checked_response, logit, resolve_target, respond
-from .rewriting import SiteSpec, altered, choose_sites, insert_gates, site_edges
+from .rewriting import insert_gates, site_edges
 from .samples import Samples, type_of_target
 from .suffixes import Parts, Suffix
 from .tracing import Traced, plain_attention, trace_module

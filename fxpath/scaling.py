@@ -17,7 +17,8 @@ from typing import Any
 from torch import fx, nn
 
 from .narrowing import Narrowed
-from .rewriting import altered, ancestors, called_module, carries_data, descendants, gate, operation
+from .nodes import altered, called_module, carries_data, operation
+from .rewriting import ancestors, descendants, gate
 
 
 class Growth(IntEnum):

@@ -786,3 +786,10 @@ BY_NAME = {found.name: found for found in CASES}
 def traced(name: str, granularity: str = "unit") -> fxpath.Network:
     """The network of a case, made once; networks keep no state between calls, so tests may share it."""
     return BY_NAME[name].trace(granularity=granularity)
+
+
+def trace_any(model: nn.Module, x: Any, **options: Any) -> fxpath.Network:
+    """`fxpath.trace` of all activations unless told otherwise, without its warning that some are smooth."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SmoothSitesWarning)
+        return fxpath.trace(model, x, **{"sites": "activations", **options})

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import get_graph_node_names
 
 import fxpath
+from fxpath.activations import activations_of
 from fxpath.errors import InputError, SiteError, SmoothSitesWarning
-from fxpath.rewriting import GATES, activations_of, cut, gate, site_edges
+from fxpath.rewriting import GATES, cut, gate, site_edges
 from fxpath.samples import Samples
 from fxpath.tracing import NAME, trace_module
 from fxpath.zoo import load_model
@@ -272,7 +273,7 @@ def test_smooth_sites_are_warned_of() -> None:
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
-        ("relu_3", r"there is no node 'relu_3'; nearest: relu_2, relu_1, relu \(all: squeeze, relu"),
+        ("relu_3", r"there is no node or module 'relu_3'; nearest: relu_2, relu_1, relu \(all: squeeze, relu"),
         (
             "x*",
             r"'x\*' matches no node. Activations there are \(3\): relu \(relu\), relu_1 \(relu\), relu_2 \(relu\)\.",
@@ -280,8 +281,8 @@ def test_smooth_sites_are_warned_of() -> None:
         (nn.GELU, r"'GELU' matches no node"),
         (lambda node: False, r"'<lambda>' matches no node"),
         ([3], r"expected names, globs, module types or a callable, found 3"),
-        (["relu", "gelu"], r"there is no node 'gelu'; nearest: relu"),
-        ("output", r"there is no node 'output'"),
+        (["relu", "gelu"], r"there is no node or module 'gelu'; nearest: relu"),
+        ("output", r"there is no node or module 'output'"),
     ],
 )
 def test_sites_that_do_not_exist(sites: object, message: str) -> None:

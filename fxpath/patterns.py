@@ -1,0 +1,221 @@
+"""Activations that are written out as formulas: `torch.where(x > 0, x, 0)`, `x * (x > 0)`, `x * sigmoid(x)` …"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .nodes import argument, plain_name
+
+_ABOVE, _BELOW = {"gt", "ge"}, {"lt", "le"}
+_PRODUCT = {"mul", "multiply"}
+_QUOTIENT = {"div", "truediv", "true_divide"}
+_CASTS = {
+    "to", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy", "detach", "lift_fresh_copy", "clone",
+}  # fmt: skip
+_GATES = {"sigmoid", "expit", "tanh", "erf", "hardsigmoid", "relu6", "hardtanh", "clamp", "clip", "softplus", "exp"}
+_ELEMENTWISE = (
+    _ABOVE | _BELOW | _PRODUCT | _CASTS | _GATES
+    | _QUOTIENT
+    | {"add", "sub", "rsub", "pow", "square", "neg", "abs", "sign", "log1p", "log", "sqrt", "rsqrt", "reciprocal",
+       "expm1", "where", "maximum", "minimum", "clamp_min", "clamp_max"}
+)  # fmt: skip
+_LARGEST = 16  # nodes of a formula
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A written-out activation: its last node, its operation, whether it is a rectifier, and the nodes within it."""
+
+    node: fx.Node
+    op: str
+    rectifier: bool
+    within: frozenset[fx.Node]
+
+
+def formulas_of(graph: fx.Graph) -> list[Formula]:
+    """Every formula that the graph spells out, in order of execution; a node is part of one at most."""
+    found: list[Formula] = []
+    taken: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = plain_name(node)
+        formula = _rectifier(node, name)
+        if formula is None and name in _PRODUCT | {"where"} | _QUOTIENT:
+            formula = _of_one(node, str(name))
+        if formula is not None and not taken & {formula.node, *formula.within}:
+            found.append(formula)
+            taken |= {formula.node, *formula.within}
+    return found
+
+
+def _is_zero(value: Any) -> bool:
+    """A zero by number, or a tensor of zeros that the graph makes or holds."""
+    if isinstance(value, fx.Node):
+        if plain_name(value) in ("zeros_like", "zeros", "new_zeros"):
+            return True
+        if plain_name(value) in ("scalar_tensor", "tensor", "full_like", "full", "new_full"):
+            return _is_zero(value.args[-1] if value.args else None)
+        if plain_name(value) in _CASTS:
+            return _is_zero(value.args[0])
+        if value.op == "get_attr" and value.graph.owning_module is not None:
+            held: Any = value.graph.owning_module
+            for part in str(value.target).split("."):
+                held = getattr(held, part)
+            plain = isinstance(held, torch.Tensor) and not isinstance(held, torch.nn.Parameter) and not held.is_meta
+            return plain and held.numel() == 1 and float(held) == 0
+        return False
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+
+
+def _compared(node: Any) -> tuple[fx.Node, bool] | None:
+    """x and whether it is `x > 0` rather than `x < 0` (or with equality); casts are looked through."""
+    while isinstance(node, fx.Node) and plain_name(node) in _CASTS:
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or plain_name(node) not in _ABOVE | _BELOW:
+        return None
+    left, right = argument(node, 0, "input", "self"), argument(node, 1, "other")
+    above = plain_name(node) in _ABOVE
+    if isinstance(left, fx.Node) and _is_zero(right):
+        return left, above
+    return (right, not above) if isinstance(right, fx.Node) and _is_zero(left) else None
+
+
+def _rectifier(node: fx.Node, name: str | None) -> Formula | None:
+    """`where(x > 0, x, 0)`, `masked_fill(x, x < 0, 0)`, `x * (x > 0)`, `maximum(x, 0)`."""
+    x: Any = None
+    if name == "where" and len(node.args) == 3:
+        condition, one, two = node.args if node.op != "call_method" else (node.args[1], node.args[0], node.args[2])
+        compared = _compared(condition)
+        if compared is not None:
+            kept, other = (one, two) if compared[1] else (two, one)
+            x = kept if kept is compared[0] and _is_zero(other) else None
+    elif name == "masked_fill" and len(node.args) == 3:
+        given, condition, value = node.args
+        x = given if _compared(condition) == (given, False) and _is_zero(value) else None
+    elif name in _PRODUCT and len(node.args) == 2:
+        x = next((one for one, two in (node.args, node.args[::-1]) if _compared(two) == (one, True)), None)
+    elif name in ("maximum", "max", "fmax") and len(node.args) == 2:
+        one, two = node.args  # max(x, 0) with the number 0 is a maximum along axis 0
+        x = one if isinstance(two, fx.Node) and _is_zero(two) else None
+        x = two if isinstance(one, fx.Node) and _is_zero(one) else x
+    if not isinstance(x, fx.Node):
+        return None
+    return Formula(node, "relu", True, _between(node, x))
+
+
+def _between(node: fx.Node, x: fx.Node) -> frozenset[fx.Node]:
+    """The nodes that lead from x to the node and serve nothing else."""
+    closed = _closure(node, x, zeros=True)
+    return frozenset() if closed is None else frozenset(closed - {node})
+
+
+def _closure(node: fx.Node, x: fx.Node, *, zeros: bool = False) -> set[fx.Node] | None:
+    """Everything that an elementwise formula of x alone is made of; None where it reads anything else.
+
+    Parameters and numbers may take part, and where it says so tensors of zeros.
+    """
+    inside = {node}
+    waiting = [node]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source is x or source.op == "get_attr" or source in inside:
+                continue
+            if zeros and _is_zero(source):
+                continue
+            if plain_name(source) not in _ELEMENTWISE or len(inside) >= _LARGEST:
+                return None
+            inside.add(source)
+            waiting.append(source)
+    if any(user not in inside for each in inside - {node} for user in each.users):
+        return None
+    return inside
+
+
+def _of_one(node: fx.Node, name: str) -> Formula | None:
+    """A formula of one x that is no rectifier.
+
+    x · g(x) with g made of sigmoid, tanh, erf … (SiLU, GELU, Mish, Hardswish); x / (1 + |x|); what `where` puts
+    together of pieces, by comparing x or |x|.
+    """
+    sources = [node]
+    seen: set[fx.Node] = set()
+    while sources:  # nearest x first, so that what made x is no part of the formula
+        x = sources.pop(0)
+        closed = _closure(node, x) if x is not node else None
+        if closed is not None:
+            within = {plain_name(each) for each in closed if each is not node and _reads(each, x, closed)}
+            kinds = {each for each in within if each in _GATES}
+            if name == "where":
+                return Formula(node, "piecewise", False, frozenset(closed - {node})) if _decides(node, closed) else None
+            if name in _QUOTIENT:
+                soft = within == {"abs", "add"} and node.args[0] is x
+                return Formula(node, "softsign", False, frozenset(closed - {node})) if soft else None
+            if kinds and _reaches_plainly(node, x, closed):
+                last, more = _scaled(node, kinds)
+                return Formula(last, _called(kinds, closed, x), False, frozenset((closed | more) - {last}))
+        for source in x.all_input_nodes:
+            if source not in seen and len(seen) < _LARGEST and (x is node or plain_name(x) in _ELEMENTWISE):
+                seen.add(source)
+                sources.append(source)
+    return None
+
+
+def _decides(node: fx.Node, closed: set[fx.Node]) -> bool:
+    """Whether what `where` decides by is a comparison within the formula."""
+    condition = node.args[1] if node.op == "call_method" else node.args[0]
+    return isinstance(condition, fx.Node) and condition in closed and plain_name(condition) in (*_ABOVE, *_BELOW)
+
+
+def _reads(node: fx.Node, x: fx.Node, closed: set[fx.Node]) -> bool:
+    sources = node.all_input_nodes
+    return x in sources or any(_reads(source, x, closed) for source in sources if source in closed)
+
+
+def _reaches_plainly(node: fx.Node, x: fx.Node, closed: set[fx.Node]) -> bool:
+    """Whether x is a factor of the product itself, by no more than a number."""
+    factors = [each for each in node.args if isinstance(each, fx.Node)]
+    while factors:
+        factor = factors.pop()
+        if factor is x:
+            return True
+        if factor in closed and plain_name(factor) in _PRODUCT | _QUOTIENT:
+            inner = factor.all_input_nodes
+            factors += inner if len(inner) == 1 else []
+    return False
+
+
+def _scaled(node: fx.Node, kinds: set[str]) -> tuple[fx.Node, set[fx.Node]]:
+    """The formula's last node where a factor of its own (½ of GELU, 1/6 of Hardswish) comes after the product."""
+    factor = 2.0 if kinds & {"erf", "tanh"} else 6.0 if kinds & {"relu6", "hardtanh", "clamp", "clip"} else None
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if factor is None or user is None or len(user.args) != 2:
+        return node, set()
+    other = user.args[1] if user.args[0] is node else user.args[0]
+    if not isinstance(other, int | float):
+        return node, set()
+    divided = plain_name(user) in _QUOTIENT and user.args[0] is node and abs(other - factor) < 1e-6
+    times = plain_name(user) in _PRODUCT and abs(other * factor - 1) < 1e-6
+    return (user, {node, user}) if divided or times else (node, set())
+
+
+def _called(kinds: set[str], closed: set[fx.Node], x: fx.Node) -> str:
+    if "erf" in kinds:
+        return "gelu"
+    if "tanh" in kinds:
+        return "mish" if kinds & {"softplus", "exp"} else "gelu"
+    if kinds & {"relu6", "hardtanh", "hardsigmoid", "clamp", "clip"}:
+        return "hardswish"
+    if kinds & {"sigmoid", "expit"}:
+        inner = [each for each in closed if plain_name(each) in ("sigmoid", "expit")]
+        return "silu" if all(x in each.all_input_nodes for each in inner) else "quick_gelu"
+    return "self_gated"
+
+
+def by_node(formulas: list[Formula]) -> tuple[Mapping[fx.Node, Formula], frozenset[fx.Node]]:
+    """The formulas by their last nodes, and all the nodes within them."""
+    within: frozenset[fx.Node] = frozenset().union(*(formula.within for formula in formulas))
+    return {formula.node: formula for formula in formulas}, within

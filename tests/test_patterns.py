@@ -1,0 +1,245 @@
+"""Activations however they are written: torch.nn's, functions, aten forms of export, and formulas."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import trace_any
+from torch import Tensor, nn
+
+import fxpath
+from fxpath.activations import RECTIFIERS as RECTIFYING
+from fxpath.activations import activations_of
+from fxpath.errors import SiteError
+from fxpath.samples import Samples
+from fxpath.tracing import _export
+
+RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "where": lambda x: torch.where(x > 0, x, 0),
+    "where with a tensor": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "where with a scalar tensor": lambda x: torch.where(x >= 0, x, torch.tensor(0.0)),
+    "where turned round": lambda x: torch.where(x < 0, torch.zeros_like(x), x),
+    "where, number on the left": lambda x: torch.where(0 < x, x, 0.0),  # noqa: SIM300
+    "where as a method": lambda x: x.where(x > 0, torch.zeros_like(x)),
+    "times mask": lambda x: x * (x > 0),
+    "mask times": lambda x: (x > 0) * x,
+    "times float mask": lambda x: x * (x > 0).float(),
+    "times mask, as functions": lambda x: torch.mul(x, torch.gt(x, 0).to(x.dtype)),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0),
+    "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "max": lambda x: torch.max(x, torch.zeros_like(x)),
+    "clamp_min": lambda x: x.clamp_min(0),
+    "hardtanh": lambda x: F.hardtanh(x, 0.0, 6.0),
+    "relu6": F.relu6,
+    "threshold": lambda x: F.threshold(x, 0.0, 0.0),
+}
+SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "silu": (lambda x: x * torch.sigmoid(x), "silu"),
+    "silu as methods": (lambda x: x.sigmoid().mul(x), "silu"),
+    "quick gelu": (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
+    "gelu by erf": (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), "gelu"),
+    "gelu by erf, halved last": (lambda x: x * (1 + torch.erf(x / math.sqrt(2))) * 0.5, "gelu"),
+    "gelu by tanh": (lambda x: 0.5 * x * (1 + torch.tanh(0.797885 * (x + 0.044715 * torch.pow(x, 3)))), "gelu"),
+    "mish": (lambda x: x * torch.tanh(F.softplus(x)), "mish"),
+    "hardswish": (lambda x: x * F.relu6(x + 3) / 6, "hardswish"),
+    "hardswish, gate first": (lambda x: x * (F.relu6(x + 3.0) / 6), "hardswish"),
+    "hardswish by clamp": (lambda x: x * torch.clamp(x + 3, min=0, max=6) / 6, "hardswish"),
+}
+
+
+class Written(nn.Module):
+    """An activation as a formula, on what a branch has summed; `*more` sends it to torch.export."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.function = function
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        h = self.one(x)
+        return self.head(self.function(h + self.two(h)))
+
+
+class Bound(Written):
+    """The same without `*more`, which symbolic_trace can bind."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+WAYS = {"symbolic_trace": Bound, "torch.export": Written}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", RECTIFIERS)
+def test_rectifiers_as_formulas(name: str, way: str) -> None:
+    model = WAYS[way](RECTIFIERS[name]).double().eval()
+    network = fxpath.trace(model, torch.randn(3, 5, dtype=torch.float64))  # rectifiers, and so without a warning
+    assert network.traced.tracer == way
+    assert [(site.shape, site.op in RECTIFYING) for site in network.sites] == [((6,), True)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_activations_as_formulas(name: str, way: str) -> None:
+    """One site, the formula's value; what it is made of (a sigmoid, a tanh, a relu6) is none."""
+    function, op = SMOOTH[name]
+    model, x = WAYS[way](function).double().eval(), torch.randn(3, 5, dtype=torch.float64)
+    network = trace_any(model, x)
+    assert network.traced.tracer == way
+    assert [(site.op, site.shape) for site in network.sites] == [(op, (6,))]
+    with torch.no_grad():
+        h = model.one(x)
+        torch.testing.assert_close(network.activations(x)[0], function(h + model.two(h)))
+
+
+def gated_by_another(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x.flip(1))
+
+
+def shared_gate(x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return x * gate + gate
+
+
+@pytest.mark.parametrize(
+    ("function", "ops"),
+    [
+        (gated_by_another, ["sigmoid"]),  # a gate, no activation of x alone
+        (shared_gate, ["sigmoid"]),  # the sigmoid is read on its own as well
+        (lambda x: torch.where(x > 1, x, 0), ["piecewise"]),  # in pieces, and not a rectifier
+        (lambda x: torch.where(x > 0, x, x * 2), ["piecewise"]),
+        (lambda x: torch.where(x > 0, -x, 0), ["piecewise"]),
+        (lambda x: torch.where(x > x.mean(), x, 0), []),
+        (lambda x: torch.where(x > 0, x, x.flip(1)), []),
+        (lambda x: x * (x.flip(1) > 0), []),
+        (lambda x: torch.max(x, 0).values.expand(6).expand_as(x) + x, []),  # a maximum along the batch axis
+        (lambda x: x * 0.5, []),
+        (lambda x: F.relu(x) * torch.sigmoid(F.relu(x)), ["relu", "relu", "sigmoid"]),  # two executions, two sites
+    ],
+)
+def test_what_is_no_rectifier(function: Callable[[Tensor], Tensor], ops: list[str]) -> None:
+    torch.manual_seed(0)
+    module = torch.fx.symbolic_trace(Bound(function))
+    for node in module.graph.nodes:
+        node.meta["fxpath_name"] = node.name
+    found = activations_of(module)
+    assert [activation.op for activation in found] == ops
+    assert all(activation.rectifier == (activation.op == "relu") for activation in found)
+
+
+def test_whole_numbers_are_no_activations() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            known = torch.where(ids < 0, 0, ids)  # a rectifier, were these numbers
+            return self.head(F.relu(self.table(known)).mean(1))
+
+    network = fxpath.trace(Tokens().eval(), torch.tensor([[1, 2, -1], [3, 4, 5]]))
+    assert [site.name for site in network.sites] == ["relu"]
+
+
+NN = [
+    nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(0, 4), nn.Threshold(0, 0),
+    nn.LeakyReLU(), nn.LeakyReLU(inplace=True), nn.PReLU(), nn.PReLU(6), nn.RReLU(), nn.ELU(), nn.SELU(), nn.CELU(),
+    nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.SiLU(inplace=True), nn.Mish(), nn.Hardswish(),
+    nn.Hardswish(inplace=True), nn.Hardsigmoid(), nn.Softplus(), nn.Softsign(), nn.Softshrink(), nn.Hardshrink(),
+    nn.Tanhshrink(), nn.Tanh(), nn.Sigmoid(), nn.LogSigmoid(), nn.GLU(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("functionalise", [False, True])
+@pytest.mark.parametrize("module", NN, ids=str)
+def test_activations_of_torch_nn_in_exported_graphs(module: nn.Module, functionalise: bool) -> None:
+    """aten's form of each, in place or not, is one activation of the kind that the module is."""
+    model = nn.Sequential(nn.Linear(5, 6), module, nn.Linear(3 if isinstance(module, nn.GLU) else 6, 2)).eval()
+    x = torch.randn(3, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on its way
+        graph = _export(model, Samples(x), functionalise=functionalise)
+    found = activations_of(graph.graph_module)
+    plain = activations_of(trace_any(model, x, sites="activations")._module)
+    assert [a.rectifier for a in found] == [a.rectifier for a in plain]
+    assert len(found) == 1
+
+
+def test_fused_linear_activations() -> None:
+    """`aten._addmm_activation` is a linear layer and its activation in one."""
+
+    class Fused(nn.Module):
+        def __init__(self, *, gelu: bool) -> None:
+            super().__init__()
+            self.fc, self.head, self.gelu = nn.Linear(5, 6), nn.Linear(6, 3), gelu
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch._addmm_activation(self.fc.bias, x, self.fc.weight.t(), use_gelu=self.gelu)
+            return self.head(h)
+
+    x = torch.randn(2, 5)
+    for gelu, expected in ((False, ("addmm_activation", True)), (True, ("addmm_activation", False))):
+        (found,) = activations_of(trace_any(Fused(gelu=gelu).eval(), x, sites="activations")._module)
+        assert (found.op, found.rectifier) == expected
+
+
+class Swish(nn.Module):
+    """A user's own activation, of operations that are no activations one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + x.abs()) + x.clamp(-1, 1)
+
+
+class OwnActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.act = Swish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.fc2(self.act(self.fc1(x)))))
+
+
+class OwnActivationExported(OwnActivation):
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [OwnActivation, OwnActivationExported])
+@pytest.mark.parametrize("sites", [Swish, "act", ["act"]])
+def test_own_activations_by_type_and_by_name(kind: type[OwnActivation], sites: Any) -> None:
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(3, 5)
+    network = trace_any(model, x, sites=sites)
+    with torch.no_grad():
+        first = model.act(model.fc1(x))
+        second = model.act(model.fc2(first))
+    assert [site.shape for site in network.sites] == [(6,), (6,)]
+    for found, expected in zip(network.activations(x), (first, second), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_module_with_several_values_is_no_site() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, x - 1
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two = Two()
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.two(x)
+            return one * other
+
+    with pytest.raises(SiteError, match=r"'two' gives 2 values, expected one; name one of its nodes: two.add, two.sub"):
+        trace_any(Both().eval(), torch.randn(2, 3), sites="two")
