@@ -1,4 +1,5 @@
 from . import responses as responses
+from .attribution import pathway_gradient as pathway_gradient
 from .batch import compute as compute
 from .errors import FxpathError as FxpathError
 from .network import Network as Network

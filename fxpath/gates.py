@@ -19,12 +19,13 @@ class Restriction:
 
     A bool λ selects exactly: a where it is True, μ (0 without one) where it is False. A float λ multiplies and μ is
     added; both are differentiable in λ and μ. `inverted` takes a bool λ for its complement, without
-    making that; None stays open.
+    making that; None stays open. `held`: in place of μ stands what a itself is in this very run, without its gradient.
     """
 
     scale: Sequence[Tensor | None]
     shift: Sequence[Tensor | None]
     inverted: bool = False
+    held: bool = False
 
     def checked(self, index: NeuronIndex, device: torch.device) -> Restriction:
         """This restriction, if it fits the sites; raises `RestrictionError` where it does not.
@@ -80,6 +81,8 @@ class Gates:
         if self.restriction is not None:
             site = self.index.sites[number]
             scale, shift = self.restriction.scale[number], self.restriction.shift[number]
+            if self.restriction.held and scale is not None:
+                shift = activation.detach().view(-1, *site.shape)
             if scale is not None or shift is not None:
                 value = _apply(activation, scale, shift, site, self.restriction.inverted)
         if self.differentiate and (number in self.entries or not value.requires_grad):
