@@ -47,7 +47,7 @@ def mean_output(output: Any) -> Tensor:
 _mean = OutputFunction(mean_output)
 
 
-def _fill_zeros(model: nn.Module) -> None:
+def fill_zeros(model: nn.Module) -> None:
     """Random values in place of weights that start as zeros: with these, what lies behind would never be reached."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -69,7 +69,7 @@ def subject_of(name: str, *, meta: bool = False) -> Subject:
         if "#" in rest:
             return _part(name, *rest.split("#"))
         loaded = load_model(name, weights="random")
-        _fill_zeros(loaded.model)
+        fill_zeros(loaded.model)
     if len(loaded.input_shape) == 4:
         samples = _clips(loaded)
     else:

@@ -247,6 +247,8 @@ def _torchvision_network(name: str, weights: str | Path, url: str, *, is_map: bo
         # transform_input belongs to the preprocessing of their released weights, which is the one given here.
         auxiliary = not state or any(key.lower().startswith("aux") for key in state)
         options = {"transform_input": True, "aux_logits": auxiliary, "init_weights": not state}
+    elif name.startswith("vit_"):  # made for pictures of one size, which is that of the preprocessing given here
+        options["image_size"] = models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
     model: torch.nn.Module = models.get_model(name, weights=None, **options)
     if state:
         fit_state_dict(model, state, name=f"torchvision:{name}", file=weights)

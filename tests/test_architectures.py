@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
-import warnings
 
 import pytest
+import timm
 import torch
 import torchvision
+from networks import trace_any
 from torch import nn
 
 import fxpath
-from fxpath.errors import SmoothSitesWarning
 from fxpath.gates import Gates
+from fxpath.subjects import fill_zeros
+from fxpath.tracing import plain_attention
 
 FIXED_SIZE = ("vit_", "swin_", "maxvit_")  # these are made for pictures of 224², and made anew for another size
 FAMILIES = {  # the smallest of each: the tracer's sites of all activations, and of rectifiers alone
@@ -58,15 +60,12 @@ def build(name: str, *, small: bool = False) -> tuple[nn.Module, torch.Tensor]:
 
 def assert_open_gates_change_nothing(name: str, *, small: bool = False) -> fxpath.Network:
     model, x = build(name, small=small)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SmoothSitesWarning)
-        network = fxpath.trace(model, x, sites="activations")
+    network = trace_any(model, x)
     assert network.traced.checked == (2, 1)
     assert network.traced.difference == 0
     with torch.no_grad():
-        for batch in (2, 1):
-            expected = model(x[:batch])
-            assert torch.equal(network(x[:batch]), expected)
+        for given in (torch.cat([x, x.flip(3)[:1]]), x, x[:1]):
+            assert torch.equal(network(given), model(given))
     # a run in which every gate is asked, and lets all pass; torch.nn's attention then has one kernel, not two
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -78,7 +77,9 @@ def assert_open_gates_change_nothing(name: str, *, small: bool = False) -> fxpat
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     assert torch.equal(found, expected)
-    assert sorted(asked) == list(range(len(network.sites)))
+    assert asked == list(range(len(network.sites))), "sites are in the order of execution"
+    for number in torch.randint(network.index.size, (1000,), generator=torch.Generator().manual_seed(0)).tolist():
+        assert network.index.flat(*network.index.locate(number)) == number
     return network
 
 
@@ -89,6 +90,39 @@ def test_open_gates_change_nothing(name: str) -> None:
     ops = [site.op for site in network.sites]
     assert (len(ops), sum(op in rectifiers for op in ops)) == FAMILIES[name]
     gc.collect()
+
+
+TIMM = (  # one of each kind that torchvision has not, made by timm for tests: small, and all that its family is
+    "test_byobnet", "test_convnext", "test_convnext3", "test_efficientnet_ln", "test_mambaout", "test_nfnet",
+    "test_resnet", "test_vit", "test_vit3",
+)  # fmt: skip
+GRADIENTS = (
+    "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf", "resnet18",
+    "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "vgg11_bn", "vit_b_16", *TIMM,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_through_gates_are_the_modules_own(name: str) -> None:
+    """In float64, with every gate asked and letting all pass."""
+    if name in TIMM:
+        torch.manual_seed(0)
+        model, x = timm.create_model(name).eval(), torch.randn(2, 3, 160, 160)
+    else:
+        model, x = build(name, small=True)
+    fill_zeros(model)
+    model, x = model.double(), x[:1].double()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    network = trace_any(model, x)
+    pull = torch.randn(1, 1000, dtype=torch.float64)
+    found = []
+    with plain_attention():
+        for run in (model, lambda given: network._run(network.samples(given), Gates(network.index, keep=True))):
+            given = x.clone().requires_grad_()
+            found += torch.autograd.grad(run(given), given, pull)
+    assert bool(found[0].any())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12 * float(found[0].abs().max()))
 
 
 @pytest.mark.slow

@@ -223,6 +223,20 @@ def test_torchvision_preprocessing_is_that_of_its_default_weights() -> None:
     assert not loaded.model.training
 
 
+def test_a_vit_is_made_for_the_size_of_its_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import models
+
+    asked: dict[str, Any] = {}
+
+    def get_model(name: str, **options: Any) -> torch.nn.Module:  # the real one has 2.5 GB
+        asked.update(options)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    loaded = load_model("torchvision:vit_h_14", weights="random")
+    assert (loaded.input_shape, asked["image_size"]) == ((3, 518, 518), 518)
+
+
 def test_torchvision_reads_a_file(tmp_path: Path) -> None:
     from torchvision.models import squeezenet1_1
 
