@@ -150,12 +150,9 @@ def _look(name: str, threads: int, limit_gib: float, meta: bool, answers: Any) -
         row.status = COVERED
     except _FindingError as finding:
         row.status = str(finding)
-    except MemoryError:
-        row.status = MEMORY.format(limit_gib)
-    except RuntimeError as error:
-        row.status = MEMORY.format(limit_gib) if "allocate" in str(error) else _line(error)
     except Exception as error:
-        row.status = _line(error)
+        short = isinstance(error, MemoryError) or "allocate memory" in str(error)  # fxpath's errors quote torch's
+        row.status = MEMORY.format(limit_gib) if short else _line(error)
     row.seconds = time.perf_counter() - begun
     with suppress(ImportError):
         import resource
