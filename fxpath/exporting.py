@@ -22,6 +22,7 @@ from .rewriting import GATES, altered, called_module, classify, gate
 from .tracing import Traced
 
 _PACKAGE = __name__.partition(".")[0]
+_KEPT = ("is_wrapped",)  # of a node's meta: without it a saved function of another package would be looked into
 _CONSTANTS = (*fx.node.base_types, type(None))
 
 
@@ -46,9 +47,11 @@ class _Writer:
         self.graph = fx.Graph()
         self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
         self.values: dict[fx.Node, Any] = {}  # node of the gated graph → what stands for it in the new one
+        self.fixed: dict[fx.Node, Any] = {}  # values that depend on no input and no parameter
         self.named = _names(self.source)
         self.held: dict[str, Any] = {}  # what the graph reads and calls, by its name in the new module
         self.buffers: dict[str, Tensor] = {}
+        self.guarded = False  # whether the graph looks at the size of the batch
         self.room = "pathway"  # the new module's child that has the masks and constants
         while any(name.partition(".")[0] == self.room for name in self.named.values()):
             self.room += "_"
@@ -61,6 +64,8 @@ class _Writer:
         for node in self.source.graph.nodes:
             if node.op == "output":
                 self.graph.output(self._plain(self.traced.unbind(node.args[0])))
+            elif self._is_fixed(node):
+                self.fixed[node] = self._found(node)
             elif node.op != "placeholder" and not _is_answer(node):
                 self.values[node] = self._written(node)
         self.graph.lint()
@@ -71,7 +76,7 @@ class _Writer:
                 f"export: a part of {type(self.source).__name__} cannot be copied: {short(problem)}; take what is no "
                 "leaf tensor (old-style weight or spectral norm) out of it first: torch.nn.utils.remove_weight_norm(…)"
             ) from problem
-        return fx.GraphModule(own | self.buffers, self.graph, type(self.source).__name__).eval()  # type: ignore[no-any-return]
+        return fx.GraphModule(own | self.buffers, self.graph, type(self.source).__name__).eval()
 
     def _proxy(self, node: fx.Node) -> Any:
         """What stands for a node where code is written as usual; it appends to the graph."""
@@ -89,11 +94,43 @@ class _Writer:
             for path, place in places[name]:
                 self.values[old[place]] = reduce(lambda value, key: key.get(value), path, argument).node
 
+    def _is_fixed(self, node: fx.Node) -> bool:
+        """Whether the node's value never changes.
+
+        Such operations become one buffer: loading a saved module would run them, and find new buffers for the results.
+        """
+        if node.op == "get_attr":
+            value = _attribute(self.source, str(node.target))
+            return isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, nn.Parameter)
+        steady = isinstance(node.target, torch._ops.OpOverload) and not node.is_impure()
+        if not steady or torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
+            return False
+        return all(source in self.fixed for source in node.all_input_nodes)
+
+    def _found(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return _attribute(self.source, str(node.target))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.fixed.__getitem__)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _value(self, node: fx.Node) -> Any:
+        """What stands for a node of the gated graph where it is read."""
+        if node not in self.values and node.op == "get_attr":
+            self.values[node] = self._written(node)
+        elif node not in self.values:
+            self.values[node] = pytree.tree_map_only(
+                Tensor,
+                lambda leaf: self._buffer(f"fixed_{len(self.buffers)}", leaf.clone()).node,
+                self.fixed[node],
+            )
+        return self.values[node]
+
     def _written(self, node: fx.Node) -> Any:
         if node.target is gate:
             return self._gate(node)
         if node.op == "call_function" and str(getattr(node.target, "__module__", "")).partition(".")[0] == _PACKAGE:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._proxy(self.values[n]))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._proxy(self._value(n)))
             return node.target(*args, **kwargs).node  # type: ignore[operator]  # written out as torch's own operations
         called = called_module(node)
         if called is not None and any(part.training for part in called.modules()):
@@ -101,8 +138,8 @@ class _Writer:
         name = self.named.get(str(node.target), "") if node.op in ("get_attr", "call_module") else ""
         if isinstance(called, nn.MultiheadAttention) and _has_fused_kernel(called):
             return self._attention(node, called, name)
-        new = self.graph.node_copy(node, lambda n: self.values[n])
-        new.meta = {}
+        new = self.graph.node_copy(node, self._value)
+        new.meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
         if name:
             new.target = name
             self.held[name] = _attribute(self.source, str(node.target)) if called is None else called
@@ -111,27 +148,28 @@ class _Writer:
     def _gate(self, node: fx.Node) -> fx.Node:
         """The value of a site: `torch.where(mask, activation, constant)`, laid out in memory as the activation is."""
         source, number = node.args[0], int(node.args[2])  # type: ignore[arg-type]
-        activation: fx.Node = self.values[source]  # type: ignore[index]
+        activation: fx.Node = self._value(source)  # type: ignore[arg-type]
         mask, constant = self.restriction.scale[number], self.restriction.shift[number]
         # a known activation is dense in memory already, and so open is the same as no gate
         if mask is None or (bool(mask.all()) and classify(source) is not None):  # type: ignore[arg-type]
             return activation
         site, value = self.index.sites[number], self._proxy(activation)
-        off = 0.0 if constant is None else self._buffer(f"constant_{number}", constant)
-        if self.batch > 1 and len(self.buffers) <= 1:  # once is enough
+        off = 0.0 if constant is None else self._buffer(f"constant_{number}", _dense(constant))
+        if self.batch > 1 and not self.guarded:
+            self.guarded = True
             torch._assert(
                 value.shape[0] == self.batch * site.fold,
                 f"this network is restricted to {self.batch} pathways, one a sample: expected a batch of {self.batch}",
             )
         block = value.view(-1, *site.shape) if site.fold > 1 else value
-        chosen: Any = torch.where(self._buffer(f"mask_{number}", mask), block, off)  # type: ignore[call-overload]
+        chosen: Any = torch.where(self._buffer(f"mask_{number}", _dense(mask)), block, off)  # type: ignore[call-overload]
         chosen = chosen.flatten(0, 1) if site.fold > 1 else chosen
-        like: Any = torch.empty_like(value)  # type: ignore[call-overload]
+        like: Any = torch.empty_like(value)
         return like.copy_(chosen).node  # type: ignore[no-any-return]  # kernels, and last bits, go by memory format
 
     def _buffer(self, name: str, tensor: Tensor) -> Any:
         name = f"{self.room}.{name}"
-        self.buffers[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self.buffers[name] = tensor
         return self._proxy(self.graph.get_attr(name))
 
     def _attention(self, node: fx.Node, called: nn.MultiheadAttention, name: str) -> Any:
@@ -148,19 +186,18 @@ class _Writer:
         for role in ("query", "key", "value"):
             given = bound.arguments[role]
             if given not in turned:
-                turned[given] = self._proxy(self.values[given]).transpose(-3, -2).node
+                turned[given] = self._proxy(self._value(given)).transpose(-3, -2).node
             bound.arguments[role] = turned[given]
-        args, kwargs = fx.map_arg((bound.args, bound.kwargs), lambda n: self.values.get(n, n))
+        args, kwargs = fx.map_arg((bound.args, bound.kwargs), lambda n: n if n in turned.values() else self._value(n))
         answer = self._proxy(self.graph.call_module(name, args, kwargs))
         return (answer[0].transpose(-3, -2).node, answer[1].node)
 
     def _plain(self, value: Any) -> Any:
-        """An output in the model's own structure, dataclasses as dicts of their fields."""
+        """An output in the model's own structure, dataclasses as dicts of the fields that they have."""
         if isinstance(value, fx.Node):
-            return self._plain(dict(value.kwargs)) if _is_answer(value) else self.values[value]
+            return self._fields(value.kwargs) if _is_answer(value) else self._value(value)
         if is_dataclass(value) and not isinstance(value, type):
-            value = {part.name: getattr(value, part.name) for part in fields(value)}
-            value = {name: part for name, part in value.items() if part is not None}
+            return self._fields({part.name: getattr(value, part.name) for part in fields(value)})
         if isinstance(value, Mapping):
             return {key: self._plain(part) for key, part in value.items()}
         if isinstance(value, tuple | list):
@@ -174,6 +211,14 @@ class _Writer:
             f"export: expected an output of tensors, tuples, lists, dicts and dataclasses, found a "
             f"{type(value).__name__}; trace a module around the model that gives one of these"
         )
+
+    def _fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: self._plain(value) for name, value in values.items() if value is not None}
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A copy that shares no memory, that of a view of a larger tensor no larger than itself."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _is_answer(node: fx.Node) -> bool:

@@ -40,7 +40,7 @@ class Traced:
     `graph_module` takes the flat list that `bind` makes of samples and returns what `unbind` turns into the module's
     output. Every node's `meta["fxpath_name"]` is its qualified name. `difference` is the largest absolute difference
     from the module's outputs that was seen (0 means bit-identical); `checked` are the batch sizes compared.
-    `arguments` are the model's, by name: each a tree whose leaves number the graph's inputs, None where it is no tensor.
+    `arguments` are the model's, by name: each a tree with the number of an input of the graph, or None, at each leaf.
     """
 
     graph_module: fx.GraphModule
