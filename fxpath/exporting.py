@@ -162,7 +162,7 @@ class _Writer:
                 f"this network is restricted to {self.batch} pathways, one a sample: expected a batch of {self.batch}",
             )
         block = value.view(-1, *site.shape) if site.fold > 1 else value
-        chosen: Any = torch.where(self._buffer(f"mask_{number}", _dense(mask)), block, off)  # type: ignore[call-overload]
+        chosen: Any = torch.where(self._buffer(f"mask_{number}", _dense(mask)), block, off)
         chosen = chosen.flatten(0, 1) if site.fold > 1 else chosen
         like: Any = torch.empty_like(value)
         return like.copy_(chosen).node  # type: ignore[no-any-return]  # kernels, and last bits, go by memory format
