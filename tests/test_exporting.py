@@ -124,6 +124,15 @@ def test_a_network_of_torchvision(wide: bool, one_thread: None) -> None:
         assert set(model.state_dict()) <= set(module.state_dict())
 
 
+def test_values_lie_in_memory_as_the_networks() -> None:
+    """The answer holds the last site's value, whose memory format is that of the input."""
+    case = BY_NAME["DictOutput"]
+    network, x = traced(case.name), case.x(3, seed=5).contiguous(memory_format=torch.channels_last)
+    module = require_equal(network, some(network, 3), x, case.x(3))
+    assert module(x)["features"]["last"].is_contiguous(memory_format=torch.channels_last)
+    assert module(case.x(3))["features"]["last"].is_contiguous()
+
+
 def test_without_fxpath(tmp_path: Path) -> None:
     """Files of several networks, in a process that refuses to import fxpath."""
     names = [
@@ -231,8 +240,11 @@ def test_constants_share_no_memory_with_the_input() -> None:
     x = torch.randn(2, 2, 2)
     with pytest.warns(SmoothSitesWarning):
         network = fxpath.trace(Views().eval(), x, sites=["flatten", "rectifiers"])
-    module = network.export(some(network, 2, share=0), at=x)
+    mask = torch.ones(2, network.index.size, dtype=torch.bool)
+    mask[:, :4] = False
+    module = network.export(fxpath.Pathways(mask, network.index), at=x)
     before = module(x)
+    assert torch.equal(before, network(x))
     x.zero_()
     assert torch.equal(module(torch.ones(2, 2, 2)), before)
 
@@ -376,10 +388,27 @@ def test_leaves_of_ones_own_stay_themselves() -> None:
     assert module.act is not network._module.act
 
 
+@fx.wrap
+def bent(x: Tensor) -> Tensor:
+    """A function that no tracer looks into: it branches on values."""
+    return x / 2 if x.sum() > 0 else x / 3
+
+
+def test_functions_of_ones_own_stay_themselves() -> None:
+    class Bends(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return bent(super().forward(x))
+
+    x = torch.randn(3, 4)
+    network = fxpath.trace(Bends().eval(), x)
+    module = require_equal(network, some(network, 3), x, x)
+    assert bent in [node.target for node in torch.load(saved(module), weights_only=False).graph.nodes]
+
+
 def test_hooks_of_the_model_stay() -> None:
     case = BY_NAME["Norms"]
     model = case.model()
-    model.attention.register_forward_hook(lambda module, given, output: (output[0] * 2, output[1]))
+    model.attention.register_forward_hook(lambda module, given, output: (output[0].cumsum(1), output[1]))
     network = case.trace(model)
     pathways, x = some(network, 3), case.x()
     module = network.export(pathways)

@@ -200,7 +200,7 @@ def dense() -> nx.DiGraph:
 @pytest.mark.parametrize("make", [lambda: site_graph(small(), EDGES), resnet, dense], ids=["small", "resnet", "dense"])
 def test_pictures_are_legible(make: object) -> None:
     graph = make()  # type: ignore[operator]
-    figure = site_graph_figure(graph, "a network with 1,234,567 neurons and a $ in its name")
+    figure = site_graph_figure(graph, "a network with 1,234,567 neurons and a $ in its name, " + 3 * "which is long, ")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
