@@ -94,29 +94,37 @@ def list_sites(
     weights: Weights = None,
     sites: Sites = None,
     granularity: Granularity = "unit",
+    tree: Annotated[bool, typer.Option("--tree", help="the sites as a tree of modules instead")] = False,
+    dot: Annotated[Path | None, typer.Option(help="write the site graph: .dot, .gv, .svg, .png or .pdf")] = None,
     as_json: Json = False,
 ) -> None:
-    """The neuron index as a table, before anything is computed."""
+    """The neuron index as a table, before anything is computed, and the site graph as a picture."""
+    from .sitedrawing import checked_picture, save_site_graph
+    from .sitegraph import site_graph, table_lines, tree_lines
     from .zoo import load_model
+
+    if dot is not None:  # before anything that takes time
+        checked_picture(dot)
 
     random = weights is None and model.startswith(("torchvision:", "timm:"))
     with redirect_stdout(sys.stderr):  # what a user's own module prints is no JSON
         loaded = load_model(model, weights="random" if random else weights)
         network = traced(loaded, sites, granularity, "logit", "cpu")
     index = network.index
+    summary = (
+        f"{loaded.name}: {len(index)} sites, {index.size:,} neurons, traced by {network.traced.tracer}, "
+        f"input {' × '.join(map(str, loaded.input_shape))}"
+    )
     if as_json:
         answer({
             "model": loaded.name, "neurons": index.size, "tracer": network.traced.tracer, "edges": network.edges,
             **index.to_json(),
         })  # fmt: skip
-        return
-    width = max(len(site.name) for site in index.sites)
-    say(f"{'#':>4}  {'site':<{width}}  {'op':<10}  {'shape':<18}  {'neurons':>11}  {'from':>11}")
-    for number, site in enumerate(index.sites):
-        shape = " × ".join(map(str, site.shape))
-        say(f"{number:>4}  {site.name:<{width}}  {site.op:<10}  {shape:<18}  {site.neurons:>11,}  {site.start:>11,}")
-    say(f"{loaded.name}: {len(index)} sites, {index.size:,} neurons, traced by {network.traced.tracer}, "
-        f"input {' × '.join(map(str, loaded.input_shape))}")  # fmt: skip
+    if tree or not as_json:
+        say("\n".join([*(tree_lines(index, loaded.name) if tree else table_lines(index)), summary]))
+    if dot is not None:
+        graph = site_graph(index, network.edges)
+        say(f"{save_site_graph(graph, dot, summary)}: the site graph, {len(graph.edges)} edges")
 
 
 @app.command()

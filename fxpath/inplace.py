@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
     """`aten.copy`, which has no derivative of its own: `source` in the shape and type of `target`."""
     return source.to(target.dtype).expand_as(target)
 
+
+_TWINS = "fxpath_out_of_place."  # where a graph keeps the out-of-place forms of modules
 
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: copied}
 
@@ -100,7 +103,7 @@ def _make_functional(node: fx.Node, module: fx.GraphModule, before: fx.GraphModu
         twin = copy.copy(called)  # shares everything with the caller's module but this one flag
         twin.inplace = False  # type: ignore[assignment]
         # flat, so that the caller's containers stay untouched; the doubled underscore keeps "a.b_c" from "a_b.c"
-        node.target = f"fxpath_out_of_place.{str(target).replace('_', '__').replace('.', '_d')}"
+        node.target = f"{_TWINS}{str(target).replace('_', '__').replace('.', '_d')}"
         module.add_submodule(node.target, twin)
         return True
     if node.op == "call_method":
@@ -133,6 +136,17 @@ def _make_functional(node: fx.Node, module: fx.GraphModule, before: fx.GraphModu
         if plain not in ("and", "or", "not", "is"):
             raise MutationError(f"function {target} looks in place and has no out-of-place form")
     return _without_flag(node)
+
+
+def original_path(target: str) -> str:
+    """The model's own path of a module that a graph calls by `target`.
+
+    >>> original_path("fxpath_out_of_place.block_done__two"), original_path("block.one_two")
+    ('block.one_two', 'block.one_two')
+    """
+    if not target.startswith(_TWINS):
+        return target
+    return re.sub("_[_d]", lambda found: "_" if found[0] == "__" else ".", target.removeprefix(_TWINS))
 
 
 def _operand(node: fx.Node) -> fx.Node | None:

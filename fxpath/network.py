@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, reduce
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from .activations import SiteSpec, choose_sites
 from .answers import Original, Outcome, Pass
 from .errors import InputError, ModelError, RestrictionError, SiteError, SmoothSitesWarning
+from .exporting import exported
 from .gates import Gates, Restriction, flat, grouped, unfilled
 from .measuring import measured
 from .neurons import Granularity, Site
@@ -336,6 +337,18 @@ class Network:
         shift = [value.reshape(-1, *site.shape) for value, site in zip(values, self.sites, strict=True)]
         with self.restricted(Restriction(scale, shift)):
             yield self
+
+    def export(self, pathways: Pathways, at: Any = None) -> fx.GraphModule:
+        """The network restricted to `pathways` as a plain module, for use without fxpath.
+
+        With `at` it is frozen at x, Φ̂(·; e), else masked, Φ(·; e ⊙ a); it gives what the network gives inside of
+        `frozen` or `masked`, bit for bit. It takes the model's own arguments and holds copies of all tensors, on their
+        device. One pathway goes with any batch, B pathways with a batch of B. `torch.save(module, file)` keeps it, and
+        `torch.load(file, weights_only=False)` needs torch alone, but for modules that were passed over with `leaves=…`:
+        these are in it as they are. Raises `RestrictionError` as `masked` and `frozen` do, and `ModelError`.
+        """
+        with self.masked(pathways) if at is None else self.frozen(pathways, at):
+            return exported(self.traced, self.index, cast(Restriction, self._restriction))
 
     # --- what a pathway answers ---
 

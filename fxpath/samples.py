@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,6 +115,24 @@ class Samples:
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the model."""
         return dict(self.inputs) if isinstance(self.inputs, dict) else {}
+
+    def places(self, signature: inspect.Signature) -> dict[str, Any]:
+        """Arguments by the names and in the order of `signature`, with the number of a leaf in place of each tensor.
+
+        Leaves are counted through all arguments; those that are no tensors become None. Of `*args` each is an argument
+        `args_0`, `args_1`, …; of `**kwargs` each is one by its own name.
+        """
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        numbers = [place if isinstance(leaf, Tensor) else None for place, leaf in enumerate(leaves)]
+        args, kwargs = pytree.tree_unflatten(numbers, spec)
+        found: dict[str, Any] = {}
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                found |= {f"{name}_{place}": each for place, each in enumerate(value)}
+            else:
+                found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        return found
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Samples:
         """The same samples with every input tensor passed through `function`."""

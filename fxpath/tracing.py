@@ -40,6 +40,7 @@ class Traced:
     `graph_module` takes the flat list that `bind` makes of samples and returns what `unbind` turns into the module's
     output. Every node's `meta["fxpath_name"]` is its qualified name. `difference` is the largest absolute difference
     from the module's outputs that was seen (0 means bit-identical); `checked` are the batch sizes compared.
+    `arguments` are the model's, by name: each a tree with the number of an input of the graph, or None, at each leaf.
     """
 
     graph_module: fx.GraphModule
@@ -49,6 +50,7 @@ class Traced:
     checked: tuple[int, ...] = ()
     difference: float = 0.0
     notes: list[str] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, samples: Samples) -> Any:
         return self.unbind(self.graph_module(*self.bind(samples)))
@@ -236,7 +238,8 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
 
     _name_stack(module)
     remove_in_place(module, bind(example))
-    return Traced(module, "symbolic_trace", bind, lambda output: output)
+    places = {name: place for place, name in enumerate(inputs)}
+    return Traced(module, "symbolic_trace", bind, lambda output: output, arguments=places)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -300,7 +303,9 @@ def _export(model: nn.Module, example: Samples, *, functionalise: bool) -> Trace
 
     _name_stack(module)
     remove_in_place(module, bind(wide))
-    return Traced(module, "torch.export", bind, lambda output: pytree.tree_unflatten(list(output), out_spec))
+    places = example.places(inspect.signature(model.forward))
+    unbind: Callable[[Any], Any] = lambda output: pytree.tree_unflatten(list(output), out_spec)  # noqa: E731
+    return Traced(module, "torch.export", bind, unbind, arguments=places)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -159,6 +159,22 @@ def test_sites_of_a_torchvision_network_without_weights(run: Callable[..., Said]
     assert len(data["sites"]) == 17
 
 
+def test_sites_as_a_tree_and_as_a_picture(run: Callable[..., Said], tmp_path: Path) -> None:
+    said = run("sites", "small_jobs:build", "--tree", "--json", "--granularity", "channel", "--dot", "graph.dot")
+    lines = said.err.splitlines()
+    assert said.code == 0
+    assert lines[0].split() == ["#", "site", "op", "shape", "neurons", "sites"]
+    assert lines[1].split() == ["small_jobs:build", "47", "5"]
+    assert ["0", "├─", "relu", "relu", "[6]", "×", "32", "×", "32", "6"] in [line.split() for line in lines]
+    assert lines[-2].startswith("small_jobs:build: 5 sites, 47 neurons, traced by symbolic_trace")
+    data = json.loads(said.out)
+    assert lines[-1] == f"graph.dot: the site graph, {len(data['edges'])} edges"
+    assert (tmp_path / "graph.dot").read_text().count(" -> ") == len(data["edges"])
+    said = run("sites", "small_jobs:build", "--sites", "head*", "--dot", "graph.svg")
+    assert (said.code, said.out) == (0, "")
+    assert files(tmp_path) == ["graph.dot", "graph.svg"]
+
+
 # --- compute ---
 
 
@@ -272,6 +288,8 @@ def wrong(*arguments: str) -> tuple[str, ...]:
         (("sites", "small_jobs:build", "--sites", "relo"), "nearest: relu"),
         (("sites", "small_jobs:build", "--granularity", "pixel"), "--granularity: expected unit or channel"),
         (("sites", "small_jobs:build", "--weights", "absent.pth"), "absent.pth: expected a .pt, .pth or .safetensors"),
+        (("sites", "small_jobs:build", "--dot", "graph.jpg"), "expected a name that ends in .dot or .gv (Graphviz) or"),
+        (("sites", "no_such:net", "--dot", "absent/graph.svg"), "there is no folder absent to write graph.svg to"),
         (wrong("--selector", "neuron_mtc"), "there is no selector 'neuron_mtc'; nearest: neuron_mct"),
         (wrong("--selector", "random:sed=1"), "there is no parameter 'sed'; nearest: seed"),
         (wrong("--selector", "random:seed=x"), "expected seed to be int, found 'x'"),

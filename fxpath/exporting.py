@@ -1,0 +1,259 @@
+"""A restricted network as a plain `torch.fx.GraphModule`, which needs torch alone to be saved, loaded and run."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .activations import classify
+from .equality import short
+from .errors import ModelError
+from .gates import Restriction
+from .inplace import original_path
+from .neurons import NeuronIndex
+from .nodes import altered, called_module
+from .rewriting import GATES, gate
+from .tracing import Traced
+
+_PACKAGE = __name__.partition(".")[0]
+_KEPT = ("is_wrapped",)  # of a node's meta: without it a saved function of another package would be looked into
+_CONSTANTS = (*fx.node.base_types, type(None))
+
+
+def exported(traced: Traced, index: NeuronIndex, restriction: Restriction) -> fx.GraphModule:
+    """The gated graph of `traced` with this restriction (bool λ) written into it, on copies of all tensors.
+
+    Every gate becomes `torch.where` on buffers of the new module; one that leaves a whole site open goes away.
+    Raises `ModelError` in training mode, and where a module cannot be copied or the output has no plain form.
+    """
+    with torch.inference_mode(False):
+        return _Writer(traced, index, restriction).module()
+
+
+class _Writer:
+    """Writes a gated graph anew, node by node."""
+
+    def __init__(self, traced: Traced, index: NeuronIndex, restriction: Restriction) -> None:
+        self.traced = traced
+        self.source = traced.graph_module
+        self.index = index
+        self.restriction = restriction
+        self.graph = fx.Graph()
+        self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
+        self.values: dict[fx.Node, Any] = {}  # node of the gated graph → what stands for it in the new one
+        self.fixed: dict[fx.Node, Any] = {}  # values that depend on no input and no parameter
+        self.named = _names(self.source)
+        self.held: dict[str, Any] = {}  # what the graph reads and calls, by its name in the new module
+        self.buffers: dict[str, Tensor] = {}
+        self.guarded = False  # whether the graph looks at the size of the batch
+        self.room = "pathway"  # the new module's child that has the masks and constants
+        while any(name.partition(".")[0] == self.room for name in self.named.values()):
+            self.room += "_"
+        self.batch = max(
+            (len(given) for given in (*restriction.scale, *restriction.shift) if given is not None), default=1
+        )
+
+    def module(self) -> fx.GraphModule:
+        self._bind()
+        for node in self.source.graph.nodes:
+            if node.op == "output":
+                self.graph.output(self._plain(self.traced.unbind(node.args[0])))
+            elif self._is_fixed(node):
+                self.fixed[node] = self._found(node)
+            elif node.op != "placeholder" and not _is_answer(node):
+                self.values[node] = self._written(node)
+        self.graph.lint()
+        try:
+            own = copy.deepcopy(self.held)  # in one go, so that what is shared stays shared
+        except Exception as problem:
+            raise ModelError(
+                f"export: a part of {type(self.source).__name__} cannot be copied: {short(problem)}; take what is no "
+                "leaf tensor (old-style weight or spectral norm) out of it first: torch.nn.utils.remove_weight_norm(…)"
+            ) from problem
+        return fx.GraphModule(own | self.buffers, self.graph, type(self.source).__name__).eval()
+
+    def _proxy(self, node: fx.Node) -> Any:
+        """What stands for a node where code is written as usual; it appends to the graph."""
+        return fx.Proxy(node, self.tracer)
+
+    def _bind(self) -> None:
+        """The model's own arguments, and what the graph reads of each; those that hold no tensor are left out."""
+        old = [node for node in self.source.graph.nodes if node.op == "placeholder" and node.target != GATES]
+        places = {
+            name: [(path, place) for path, place in pytree.tree_flatten_with_path(tree)[0] if place is not None]
+            for name, tree in self.traced.arguments.items()
+        }
+        given = {name: self._proxy(self.graph.placeholder(name)) for name, found in places.items() if found}
+        for name, argument in given.items():
+            for path, place in places[name]:
+                self.values[old[place]] = reduce(lambda value, key: key.get(value), path, argument).node
+
+    def _is_fixed(self, node: fx.Node) -> bool:
+        """Whether the node's value never changes.
+
+        Such operations become one buffer: loading a saved module would run them, and find new buffers for the results.
+        """
+        if node.op == "get_attr":
+            value = _attribute(self.source, str(node.target))
+            return isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, nn.Parameter)
+        steady = isinstance(node.target, torch._ops.OpOverload) and not node.is_impure()
+        if not steady or torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
+            return False
+        return all(source in self.fixed for source in node.all_input_nodes)
+
+    def _found(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return _attribute(self.source, str(node.target))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.fixed.__getitem__)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _value(self, node: fx.Node) -> Any:
+        """What stands for a node of the gated graph where it is read."""
+        if node not in self.values and node.op == "get_attr":
+            self.values[node] = self._written(node)
+        elif node not in self.values:
+            self.values[node] = pytree.tree_map_only(
+                Tensor,
+                lambda leaf: self._buffer(f"fixed_{len(self.buffers)}", leaf.clone()).node,
+                self.fixed[node],
+            )
+        return self.values[node]
+
+    def _written(self, node: fx.Node) -> Any:
+        if node.target is gate:
+            return self._gate(node)
+        if node.op == "call_function" and str(getattr(node.target, "__module__", "")).partition(".")[0] == _PACKAGE:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._proxy(self._value(n)))
+            return node.target(*args, **kwargs).node  # type: ignore[operator]  # written out as torch's own operations
+        called = called_module(node)
+        if called is not None and any(part.training for part in called.modules()):
+            raise ModelError("export: the model is in training mode since it was traced; call model.eval()")
+        name = self.named.get(str(node.target), "") if node.op in ("get_attr", "call_module") else ""
+        if isinstance(called, nn.MultiheadAttention) and _has_fused_kernel(called):
+            return self._attention(node, called, name)
+        new = self.graph.node_copy(node, self._value)
+        new.meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
+        if name:
+            new.target = name
+            self.held[name] = _attribute(self.source, str(node.target)) if called is None else called
+        return new
+
+    def _gate(self, node: fx.Node) -> fx.Node:
+        """The value of a site: `torch.where(mask, activation, constant)`, laid out in memory as the activation is."""
+        source, number = node.args[0], int(node.args[2])  # type: ignore[arg-type]
+        activation: fx.Node = self._value(source)  # type: ignore[arg-type]
+        mask, constant = self.restriction.scale[number], self.restriction.shift[number]
+        # a known activation is dense in memory already, and so open is the same as no gate
+        if mask is None or (bool(mask.all()) and classify(source) is not None):  # type: ignore[arg-type]
+            return activation
+        site, value = self.index.sites[number], self._proxy(activation)
+        off = 0.0 if constant is None else self._buffer(f"constant_{number}", _dense(constant))
+        if self.batch > 1 and not self.guarded:
+            self.guarded = True
+            torch._assert(
+                value.shape[0] == self.batch * site.fold,
+                f"this network is restricted to {self.batch} pathways, one a sample: expected a batch of {self.batch}",
+            )
+        block = value.view(-1, *site.shape) if site.fold > 1 else value
+        chosen: Any = torch.where(self._buffer(f"mask_{number}", _dense(mask)), block, off)
+        chosen = chosen.flatten(0, 1) if site.fold > 1 else chosen
+        like: Any = torch.empty_like(value)
+        return like.copy_(chosen).node  # type: ignore[no-any-return]  # kernels, and last bits, go by memory format
+
+    def _buffer(self, name: str, tensor: Tensor) -> Any:
+        name = f"{self.room}.{name}"
+        self.buffers[name] = tensor
+        return self._proxy(self.graph.get_attr(name))
+
+    def _attention(self, node: fx.Node, called: nn.MultiheadAttention, name: str) -> Any:
+        """Attention that takes the sequence first, between transpositions.
+
+        With the batch first it would take torch's fused kernel wherever no gradient is asked for, which has other last
+        bits; a network's restrictions keep it from that.
+        """
+        twin = copy.copy(called)  # shares everything with the caller's module but this one flag
+        twin.batch_first = False
+        self.held[name] = twin
+        bound = inspect.signature(called.forward).bind(*node.args, **node.kwargs)
+        turned: dict[Any, fx.Node] = {}  # the same tensor as query and key stays one
+        for role in ("query", "key", "value"):
+            given = bound.arguments[role]
+            if given not in turned:
+                turned[given] = self._proxy(self._value(given)).transpose(-3, -2).node
+            bound.arguments[role] = turned[given]
+        args, kwargs = fx.map_arg((bound.args, bound.kwargs), lambda n: n if n in turned.values() else self._value(n))
+        answer = self._proxy(self.graph.call_module(name, args, kwargs))
+        return (answer[0].transpose(-3, -2).node, answer[1].node)
+
+    def _plain(self, value: Any) -> Any:
+        """An output in the model's own structure, dataclasses as dicts of the fields that they have."""
+        if isinstance(value, fx.Node):
+            return self._fields(value.kwargs) if _is_answer(value) else self._value(value)
+        if is_dataclass(value) and not isinstance(value, type):
+            return self._fields({part.name: getattr(value, part.name) for part in fields(value)})
+        if isinstance(value, Mapping):
+            return {key: self._plain(part) for key, part in value.items()}
+        if isinstance(value, tuple | list):
+            parts = [self._plain(part) for part in value]
+            if isinstance(value, tuple) and hasattr(value, "_fields"):
+                return type(value)(*parts)
+            return tuple(parts) if isinstance(value, tuple) else parts
+        if isinstance(value, _CONSTANTS):
+            return value
+        raise ModelError(
+            f"export: expected an output of tensors, tuples, lists, dicts and dataclasses, found a "
+            f"{type(value).__name__}; trace a module around the model that gives one of these"
+        )
+
+    def _fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: self._plain(value) for name, value in values.items() if value is not None}
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A copy that shares no memory, that of a view of a larger tensor no larger than itself."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _is_answer(node: fx.Node) -> bool:
+    """Whether a node only puts the model's output into a dataclass, whose package need not be there later."""
+    makes = node.op == "call_function" and isinstance(node.target, type) and is_dataclass(node.target)
+    return makes and all(user.op == "output" for user in node.users)
+
+
+def _has_fused_kernel(called: nn.MultiheadAttention) -> bool:
+    return type(called) is nn.MultiheadAttention and called.batch_first and not altered(called)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    return reduce(getattr, path.split("."), module)
+
+
+def _names(module: fx.GraphModule) -> dict[str, str]:
+    """A name in the new module for every target of the graph: the model's own, one for each tensor."""
+    nodes = [node for node in module.graph.nodes if node.op in ("get_attr", "call_module")]
+    found = {str(node.target): original_path(str(node.target)) for node in nodes}
+    for target, name in found.items():
+        others = [other for each, other in found.items() if each != target]
+        if any(f"{one}.".startswith(f"{two}.") for other in others for one, two in ((name, other), (other, name))):
+            found[target] = target if name != target else name
+    homes: dict[int, str] = {}
+    for node in nodes:
+        if node.op == "call_module":
+            called = module.get_submodule(str(node.target))
+            tensors = (*called.named_parameters(remove_duplicate=False), *called.named_buffers(remove_duplicate=False))
+            for name, tensor in tensors:
+                homes.setdefault(id(tensor), f"{found[str(node.target)]}.{name}")
+    for node in nodes:
+        if node.op == "get_attr":
+            target = str(node.target)
+            found[target] = homes.setdefault(id(_attribute(module, target)), found[target])
+    return found

@@ -1,0 +1,502 @@
+"""Exported modules: bit for bit the restricted network, inputs and outputs as the model's, and nothing of fxpath."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from footprint import unchanged
+from networks import BY_NAME, CASES, MLP, Case, SquaredReLU, TwoInputs, traced
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+import fxpath
+from fxpath.errors import ModelError, RestrictionError, SmoothSitesWarning
+from fxpath.samples import Samples
+
+
+def some(network: fxpath.Network, batch: int, share: float = 0.6, seed: int = 1) -> fxpath.Pathways:
+    generator = torch.Generator().manual_seed(seed)
+    return fxpath.Pathways(torch.rand(batch, network.index.size, generator=generator) < share, network.index)
+
+
+def arguments(module: fx.GraphModule, x: Any) -> dict[str, Any]:
+    """The inputs by the names that the module has for them; what is no tensor is part of it."""
+    samples = Samples(x)
+    names = list(inspect.signature(module.forward).parameters)
+    places = [arg for arg in samples.args if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arg))]
+    given = dict(zip(names, places, strict=False)) | samples.kwargs
+    return {name: given[name] for name in names}
+
+
+def answered(call: Callable[[Any], Any], x: Any) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """The output, and the gradient of a bent sum of it in every input."""
+    samples = Samples(x).map(lambda leaf: leaf.clone().requires_grad_(leaf.is_floating_point()))
+    output = call(samples.inputs)
+    bent = sum((leaf * leaf.cos()).sum() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+    return output, torch.autograd.grad(bent, samples.tensors, allow_unused=True)
+
+
+def require_same(one: Any, two: Any) -> None:
+    """Bit for bit, and alike in structure and memory."""
+    (leaves, spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(two)
+    assert spec == other_spec
+    for leaf, other in zip(leaves, others, strict=True):
+        if isinstance(leaf, Tensor):
+            assert torch.equal(leaf, other)
+            assert (leaf.dtype, leaf.stride(), leaf.device) == (other.dtype, other.stride(), other.device)
+        else:
+            assert leaf is other is None
+
+
+def require_plain(module: fx.GraphModule) -> None:
+    """No object of fxpath anywhere within."""
+    assert type(module).__mro__[1] is fx.GraphModule
+    assert not module.training
+    assert (module.meta, module.graph._tracer_cls) == ({}, None)
+    for part in module.modules():
+        assert not type(part).__module__.startswith("fxpath")
+    for node in module.graph.nodes:
+        assert not str(getattr(node.target, "__module__", "")).startswith("fxpath"), node
+        assert "out_of_place" not in str(node.target)
+        assert not [key for key in node.meta if key.startswith("fxpath")]
+
+
+def saved(module: fx.GraphModule) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return file
+
+
+def require_equal(network: fxpath.Network, pathways: fxpath.Pathways, x: Any, at: Any) -> fx.GraphModule:
+    """Export, compare with the restricted network with and without gradients, save, load and compare again."""
+    with unchanged(network._module):
+        module = network.export(pathways, at=at)
+    require_plain(module)
+    file = saved(module)
+    loaded = torch.load(file, weights_only=False)
+    assert loaded.state_dict().keys() == module.state_dict().keys()
+    loaded.load_state_dict(module.state_dict())
+    with network.masked(pathways) if at is None else network.frozen(pathways, at=at):
+        expected = answered(network, x)
+        with torch.no_grad():
+            unasked = network(x)
+    for found in (module, loaded):
+        call = lambda inputs, found=found: found(**arguments(found, inputs))  # noqa: E731
+        require_same(expected, answered(call, x))
+        with torch.no_grad():
+            require_same(unasked, call(x))
+    return module
+
+
+@pytest.mark.parametrize("granularity", ["unit", "channel"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equal_to_the_restricted_network(case: Case, granularity: str) -> None:
+    network = traced(case.name, granularity)
+    for batch in (1, 3):
+        pathways = some(network, batch)
+        require_equal(network, pathways, case.x(3, seed=5), None)
+        require_equal(network, pathways, case.x(3, seed=5), case.x(batch))
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["contiguous", "channels_last"])
+def test_a_network_of_torchvision(wide: bool, one_thread: None) -> None:
+    form = torch.channels_last if wide else torch.contiguous_format
+    model = torchvision.models.resnet18(weights=None).eval().to(memory_format=form)
+    x, at = (torch.randn(2, 3, 64, 64).contiguous(memory_format=form) for _ in range(2))
+    for granularity in ("unit", "channel"):
+        network = fxpath.trace(model, at, granularity=granularity)
+        with unchanged(model):
+            require_equal(network, some(network, 1), x, at)
+            module = require_equal(network, some(network, 2), x, None)
+        assert set(model.state_dict()) <= set(module.state_dict())
+
+
+def test_values_lie_in_memory_as_the_networks() -> None:
+    """The answer holds the last site's value, whose memory format is that of the input."""
+    case = BY_NAME["DictOutput"]
+    network, x = traced(case.name), case.x(3, seed=5).contiguous(memory_format=torch.channels_last)
+    module = require_equal(network, some(network, 3), x, case.x(3))
+    assert module(x)["features"]["last"].is_contiguous(memory_format=torch.channels_last)
+    assert module(case.x(3))["features"]["last"].is_contiguous()
+
+
+def test_without_fxpath(tmp_path: Path) -> None:
+    """Files of several networks, in a process that refuses to import fxpath."""
+    names = [
+        "MLP",
+        "BatchFolded",
+        "ChunkInPlace",
+        "DictInput",
+        "Norms",
+        "DictOutput",
+        "TwinNames",
+        "ShapeBranchInPlace",
+    ]
+    for name in names:
+        network, x, at = traced(name, "channel"), BY_NAME[name].x(3, seed=5), BY_NAME[name].x(3)
+        pathways = some(network, 3)
+        module = network.export(pathways, at=at)
+        with network.frozen(pathways, at=at), torch.no_grad():
+            torch.save((module, arguments(module, x), network(x)), tmp_path / f"{name}.pt")
+    script = """
+import sys, torch
+from torch.utils import _pytree as pytree
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("fxpath", "networks"):
+            raise ImportError("refused: " + name)
+
+sys.meta_path.insert(0, Refused())
+try:
+    import fxpath
+except ImportError as problem:
+    print(problem)
+for name in sys.argv[1:]:
+    module, x, expected = torch.load(name + ".pt", weights_only=False)
+    with torch.no_grad():
+        found = module(**x)
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
+    print(name, all(torch.equal(one, two) for one, two in pairs))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, *names], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["refused: fxpath", *(f"{name} True" for name in names)]
+
+
+@pytest.mark.parametrize("name", ["Plain", "BatchFolded", "ChunkInPlace", "TwoInputs"])
+def test_exported_programs(name: str) -> None:
+    network, x, at = traced(name), BY_NAME[name].x(3, seed=5), BY_NAME[name].x(3)
+    pathways = some(network, 3)
+    module = network.export(pathways, at=at)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(module, (), arguments(module, x)), file)
+    file.seek(0)
+    with network.frozen(pathways, at=at):
+        assert torch.equal(torch.export.load(file).module()(**arguments(module, x)), network(x))
+
+
+# --- tensors ---
+
+
+class Tied(nn.Module):
+    """One matrix as a layer's weight, as another's, and read by itself; one parameter that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.spare = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.fc2.weight = self.matrix = self.fc1.weight
+        self.fc2.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x))) @ self.matrix.t()
+
+
+def test_tensors_are_copies_and_stay_tied() -> None:
+    model, x = Tied().eval(), torch.randn(3, 4)
+    network = fxpath.trace(model, x)
+    pathways = some(network, 3)
+    module = network.export(pathways)
+    loaded = torch.load(saved(module), weights_only=False)
+    with network.masked(pathways):
+        before = network(x)
+    for found in (module, loaded):
+        assert found.fc1.weight is found.fc2.weight
+        assert {name: p.requires_grad for name, p in found.named_parameters()} == {
+            "fc1.weight": True, "fc1.bias": True, "fc2.bias": False,
+        }  # fmt: skip
+        assert not hasattr(found, "spare")
+        for own in found.parameters():
+            assert own.data_ptr() not in {theirs.data_ptr() for theirs in model.parameters()}
+    with torch.no_grad():
+        model.fc1.weight.zero_()
+    pathways.mask.logical_not_()
+    for found in (module, loaded):
+        assert torch.equal(found(x), before)
+
+
+def test_constants_share_no_memory_with_the_input() -> None:
+    """A site whose value is a view of the input."""
+
+    class Views(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.flatten(x, 1))
+
+    x = torch.randn(2, 2, 2)
+    with pytest.warns(SmoothSitesWarning):
+        network = fxpath.trace(Views().eval(), x, sites=["flatten", "rectifiers"])
+    mask = torch.ones(2, network.index.size, dtype=torch.bool)
+    mask[:, :4] = False
+    module = network.export(fxpath.Pathways(mask, network.index), at=x)
+    before = module(x)
+    assert torch.equal(before, network(x))
+    x.zero_()
+    assert torch.equal(module(torch.ones(2, 2, 2)), before)
+
+
+def test_only_what_is_needed_is_kept() -> None:
+    network = traced("MLP")
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    x = BY_NAME["MLP"].x()
+    whole = network.export(fxpath.Pathways(mask.clone(), network.index), at=x[:1])
+    assert [node.op for node in whole.graph.nodes] == ["placeholder"] + 5 * ["call_module"] + ["output"]
+    assert torch.equal(whole(x), network(x))
+    mask[0, 8] = False
+    part = network.export(fxpath.Pathways(mask, network.index), at=x[:1])
+    added = part.state_dict().keys() - whole.state_dict().keys()
+    assert added == {"pathway.mask_1", "pathway.constant_1"}
+    assert part.pathway.mask_1.untyped_storage().nbytes() == 5
+    assert part.pathway.constant_1.untyped_storage().nbytes() == 5 * 8
+
+
+def test_a_model_with_a_part_of_the_same_name() -> None:
+    model = nn.Sequential()
+    model.pathway = nn.Linear(4, 6)
+    model.relu = nn.ReLU()
+    x = torch.randn(2, 4)
+    network = fxpath.trace(model.eval(), x)
+    module = require_equal(network, some(network, 2), x, None)
+    assert set(module.state_dict()) == {"pathway.weight", "pathway.bias", "pathway_.mask_0"}
+
+
+def test_what_never_changes_is_one_buffer() -> None:
+    """torch.export leaves operations on buffers and numbers in the graph; loading a module would run them."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.weight = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+            self.register_buffer("order", torch.tensor([2, 0, 1]))
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] != 3:
+                raise ValueError("three rows, please")
+            shift = torch.arange(3, dtype=x.dtype).unsqueeze(1).expand(3, 4)
+            return F.relu(self.fc(x + self.weight[self.order + 0]) - shift) * self.scale
+
+    x = torch.randn(2, 3, 4)
+    network = fxpath.trace(Positions().eval(), x)
+    assert network.traced.tracer == "torch.export"
+    module = require_equal(network, some(network, 2), x, None)
+    names = set(module.state_dict())
+    assert {"fc.weight", "fc.bias", "weight", "scale", "pathway.mask_0"} < names
+    assert len([name for name in names if name.startswith("pathway.fixed_")]) == len(names) - 5 == 2
+
+
+# --- inputs and outputs ---
+
+
+class ShapeChecked(TwoInputs):
+    """Read by torch.export alone; takes tensors in a dict, a tuple and by keyword."""
+
+    def forward(self, batch: dict[str, Any], *, shift: Tensor, name: str = "") -> Tensor:
+        if shift.shape[1] != 4:
+            raise ValueError("four, please")
+        return super().forward(batch["pair"][1], batch["right"]) + shift * batch["pair"][0]
+
+
+def test_inputs_are_the_models_own() -> None:
+    expected = {
+        "Plain": ["x"], "TwoInputs": ["left", "right"], "DictInput": ["left", "right"], "NestedInput": ["batch"],
+        "OptionalGiven": ["x", "mask"], "OptionalByName": ["x"], "PairArgument": ["x"],
+        "StarArguments": ["inputs_0", "inputs_1"], "GatesArgument": ["left", "fxpath_gates"], "ChunkInPlace": ["x"],
+    }  # fmt: skip
+    for name, names in expected.items():
+        module = traced(name).export(some(traced(name), 1))
+        found = inspect.signature(module.forward).parameters
+        assert list(found) == names
+        assert all(parameter.default is inspect.Parameter.empty for parameter in found.values())
+    x = {
+        "shift": torch.randn(3, 4),
+        "batch": {"right": torch.randn(3, 4), "pair": (torch.randn(3, 1), torch.randn(3, 3), 2.5)},
+        "name": "any",
+    }
+    network = fxpath.trace(ShapeChecked().eval(), x)
+    assert network.traced.tracer == "torch.export"
+    module = require_equal(network, some(network, 3), x, None)
+    assert list(inspect.signature(module.forward).parameters) == ["batch", "shift"]
+
+
+Pair = namedtuple("Pair", ["last", "first"])
+
+
+@dataclass
+class Answer:
+    """What many libraries give."""
+
+    logits: Tensor
+    hidden: Any = None
+    loss: Tensor | None = None
+
+
+torch.export.register_dataclass(Answer)
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["symbolic_trace", "torch.export"])
+def test_outputs_have_the_models_structure(checked: bool) -> None:
+    class Structured(MLP):
+        kind = ""
+
+        def forward(self, x: Tensor) -> Any:
+            if checked and x.shape[1] != 4:
+                raise ValueError("four, please")
+            h = self[1](self[0](x))
+            y = self[4](self[3](self[2](h)))
+            if self.kind == "dataclass":
+                return Answer(y, hidden=(h, {"twice": 2 * h}))
+            return Pair({"y": [y, None]}, (h,)) if self.kind == "namedtuple" else {"y": y, 3: [h, (y,)]}
+
+    x = torch.randn(3, 4)
+    for kind in ("dict", "namedtuple", "dataclass"):
+        model = Structured().eval()
+        model.kind = kind
+        network = fxpath.trace(model, x)
+        assert (network.traced.tracer == "torch.export") == checked
+        pathways = some(network, 3)
+        module = network.export(pathways)
+        with network.masked(pathways):
+            expected = network(x)
+        if kind == "dataclass":
+            expected = {"logits": expected.logits, "hidden": expected.hidden}
+            require_plain(module)
+            assert "Answer" not in module.code
+        assert type(module(x)) is type(expected)
+        require_same(module(x), expected)
+        require_same(torch.load(saved(module), weights_only=False)(x), expected)
+
+
+def test_leaves_of_ones_own_stay_themselves() -> None:
+    network = traced("CustomLeaf")
+    module = network.export(some(network, 1))
+    assert type(module.act) is SquaredReLU
+    assert module.act is not network._module.act
+
+
+@fx.wrap
+def bent(x: Tensor) -> Tensor:
+    """A function that no tracer looks into: it branches on values."""
+    return x / 2 if x.sum() > 0 else x / 3
+
+
+def test_functions_of_ones_own_stay_themselves() -> None:
+    class Bends(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return bent(super().forward(x))
+
+    x = torch.randn(3, 4)
+    network = fxpath.trace(Bends().eval(), x)
+    module = require_equal(network, some(network, 3), x, x)
+    assert bent in [node.target for node in torch.load(saved(module), weights_only=False).graph.nodes]
+
+
+def test_hooks_of_the_model_stay() -> None:
+    case = BY_NAME["Norms"]
+    model = case.model()
+    model.attention.register_forward_hook(lambda module, given, output: (output[0].cumsum(1), output[1]))
+    network = case.trace(model)
+    pathways, x = some(network, 3), case.x()
+    module = network.export(pathways)
+    with network.masked(pathways):
+        assert torch.equal(module(x), network(x))
+
+
+# --- everything that can be wrong ---
+
+
+def test_one_pathway_for_any_batch_or_one_a_sample() -> None:
+    for name in ("Plain", "BatchFolded"):
+        network, case = traced(name), BY_NAME[name]
+        single = network.export(some(network, 1), at=case.x(1))
+        assert [single(case.x(batch)).shape[0] for batch in (1, 2, 5)] == [1, 2, 5]
+        for module in (
+            network.export(some(network, 3)),
+            network.export(some(network, 1), at=case.x(3)),
+            torch.load(saved(network.export(some(network, 3))), weights_only=False),
+        ):
+            assert module(case.x(3)).shape[0] == 3
+            for batch in (1, 2):
+                with pytest.raises(
+                    AssertionError, match="restricted to 3 pathways, one a sample: expected a batch of 3"
+                ):
+                    module(case.x(batch))
+
+
+def test_what_does_not_fit() -> None:
+    network, x = traced("MLP"), BY_NAME["MLP"].x()
+    pathways = some(network, 3)
+    with unchanged(network._module):
+        with pytest.raises(RestrictionError, match="they are of another index"):
+            network.export(some(traced("Plain"), 1))
+        with pytest.raises(RestrictionError, match="they are on meta, the model on cpu"):
+            network.export(fxpath.Pathways(pathways.mask.to("meta"), network.index))
+        with pytest.raises(RestrictionError, match="expected Pathways, found Tensor"):
+            network.export(pathways.mask)
+        with pytest.raises(RestrictionError, match="there are 3 pathways and 2 samples"):
+            network.export(pathways, at=x[:2])
+        with pytest.raises(fxpath.FxpathError, match=r"expected inputs \(B, 4\)"):
+            network.export(pathways, at=x[:, :3])
+        for restricted in (network.masked(pathways), network.frozen(pathways, at=x)):
+            with restricted, pytest.raises(RestrictionError, match="it is restricted already; leave the outer with"):
+                network.export(pathways)
+        assert network._restriction is None
+
+
+def test_training_mode_is_refused() -> None:
+    case = BY_NAME["Plain"]
+    model = case.model()
+    network = case.trace(model)
+    model.conv2.train()
+    with pytest.raises(ModelError, match=r"in training mode since it was traced; call model\.eval\(\)"):
+        network.export(some(network, 1))
+    assert network._restriction is None
+    model.conv2.eval()
+    network.export(some(network, 1))
+
+
+def test_what_cannot_be_copied() -> None:
+    class Holder(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("no copies\nof this")
+
+    model = nn.Sequential(Holder(4, 3), nn.ReLU()).eval()
+    network = fxpath.trace(model, torch.randn(2, 4), leaves=(Holder,))
+    with pytest.raises(ModelError, match="export: a part of Sequential cannot be copied: RuntimeError: no copies;"):
+        network.export(some(network, 1))
+
+
+def test_in_inference_mode() -> None:
+    """Buffers made in inference mode would be of no use to a later gradient."""
+    case = BY_NAME["Plain"]
+    with torch.inference_mode():
+        network, x = traced("Plain"), case.x()
+        module = network.export(some(network, 3), at=x)
+    assert not any(tensor.is_inference() for tensor in module.state_dict().values())
+    answered(module, case.x())
+
+
+def test_arguments_are_counted_through_all_inputs() -> None:
+    def forward(first: Any, *rest: Any, scale: float = 1, **more: Any) -> None: ...
+
+    x = torch.ones(1)
+    signature = inspect.signature(forward)
+    assert Samples((x, x, {"a": x, "b": "no tensor"})).places(signature) == {
+        "first": 0, "rest_0": 1, "rest_1": {"a": 2, "b": None},
+    }  # fmt: skip
+    found = Samples({"late": x, "scale": 2.0, "first": [x, x]}).places(signature)
+    assert list(found.items()) == [("first", [2, 3]), ("scale", None), ("late", 0)]
