@@ -9,7 +9,29 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-Runner = TypeVar("Runner", bound=fx.Interpreter)
+from .nodes import altered
+
+# their output is shaped and laid out in memory as their input; torch takes long to find that out
+_KEEPING = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid,
+    nn.Sigmoid,
+)  # fmt: skip
+
+
+class DryInterpreter(fx.Interpreter):
+    """An interpreter that `run_dry` can run; `dry` while it runs without data."""
+
+    dry = False
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        keeping = self.dry and type(module) in _KEEPING and not getattr(module, "inplace", False)
+        if keeping and len(args) == 1 and not altered(module):
+            return torch.empty_like(args[0])
+        return super().call_module(target, args, kwargs)
+
+
+Runner = TypeVar("Runner", bound=DryInterpreter)
 
 
 class _Running(nn.Module):
@@ -32,7 +54,9 @@ def run_dry(make: Callable[[], Runner], inputs: Sequence[Any]) -> Runner:
     real inputs and buffers; what that raises is raised.
     """
     try:
-        return _run(make(), inputs, _without_data, _without_data)
+        interpreter = make()
+        interpreter.dry = True
+        return _run(interpreter, inputs, _without_data, _without_data)
     except Exception:
         return _run(make(), inputs, lambda parameter: parameter, torch.clone)
 

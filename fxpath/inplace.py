@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .dry import run_dry
+from .dry import DryInterpreter, run_dry
 
 _OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(operator, f"i{name}"): getattr(operator, name)
@@ -162,7 +162,7 @@ def _place(tensor: Any) -> tuple[Any, ...]:
     return (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-class MutationAudit(fx.Interpreter):
+class MutationAudit(DryInterpreter):
     """Runs a graph and notes every node that changes a tensor it was given; with `keep`, every node's value too.
 
     A node's `meta["fxpath_numbers"]` says whether it gives floating-point numbers, which alone can be activations.

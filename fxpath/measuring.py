@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from .activations import Activation
 from .channels import channel_axis
-from .dry import run_dry
+from .dry import DryInterpreter, run_dry
 from .errors import ModelError, SiteError
 from .gates import Gates
 from .neurons import Granularity, NeuronIndex
@@ -19,7 +19,7 @@ from .samples import Samples
 from .tracing import NAME
 
 
-class _Place(fx.Interpreter):
+class _Place(DryInterpreter):
     """Runs a graph, knows the node that it is at, and notes the shapes of what nodes give."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -82,7 +82,7 @@ def _shapes(
             raise SiteError(f"site {sites[number].name}: expected a floating-point tensor, found {_kind(value)}")
         seen[number] = tuple(value.shape)
 
-    def make() -> fx.Interpreter:
+    def make() -> _Place:
         places.append(_Place(module))
         return places[-1]
 
