@@ -58,7 +58,7 @@ def trace(
     >>> network.index.size, [site.name for site in network.index.sites]
     (4, ['1'])
     """
-    samples = Samples.of(x).require_finite()
+    samples, explained = Samples.of(x).require_finite(), checked_response(response)
     leaves = (leaves,) if isinstance(leaves, type) else tuple(leaves)
     if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in leaves):
         raise InputError(f"trace: expected leaves to be module types, such as (MyBlock,), found {leaves!r}")
@@ -67,7 +67,7 @@ def trace(
     if isinstance(model, nn.Module):
         _require_one_device(model, samples)
     traced = trace_module(model, samples, tracer=tracer, leaves=(*leaves, *types), check=check)
-    return Network(traced, samples, sites=sites, granularity=granularity, response=checked_response(response))
+    return Network(traced, samples, sites=sites, granularity=granularity, response=explained)
 
 
 def _require_one_device(model: nn.Module, samples: Samples) -> None:

@@ -66,7 +66,7 @@ def _require_map(kind: str, scores: Tensor, axes: int | None) -> None:
 
 def _fitting(scores: Tensor) -> str:
     if scores.ndim < 3:
-        return "it has one place only: leave `at` out"
+        return "it has one place only: take logit, probability or margin alone"
     fitting = f"Pixel with {scores.ndim - 2} coordinates, or Region()"
     return f"{fitting}, fits" if scores.ndim > 3 else f"Token, Detection, {fitting}, fits"
 
@@ -186,7 +186,7 @@ class Region:
         if self.mask is not None:
             if self.mask.shape != sizes:
                 raise InputError(f"region: expected a mask of the map's size {sizes}, found {self.mask.shape}")
-            return scores.flatten(2).index_select(2, torch.from_numpy(self.mask.points).to(scores.device))
+            return scores.flatten(2).index_select(2, torch.as_tensor(self.mask.points, device=scores.device))
         axes = len(self.box) // 2
         starts, ends = self.box[:axes], self.box[axes:]
         if not all(end <= size for end, size in zip(ends, sizes, strict=False)):
