@@ -560,6 +560,8 @@ def test_rows_that_are_folded_into_the_batch() -> None:
     assert torch.equal(network.respond(x), values[:, 2, 1])
     mean_of_channel = case.trace(response=neuron("relu_1", channel=1))
     torch.testing.assert_close(mean_of_channel.respond(x), values[:, :, 1].mean(1))
+    assert mean_of_channel.response == neuron("relu_1", channel=1)  # where its channels are is no part of what it is
+    assert identity(mean_of_channel.response) == identity(neuron("relu_1", channel=1))
     signed = NeuronIntGrad(steps=4).scores(network, x).signed.view(3, 3, 5)
     assert bool(signed[:, 2].any())
     assert not bool(signed[:, :2].any())  # other rows of the sample have no part in it
@@ -636,6 +638,23 @@ def test_nodes_without_a_value_for_each_sample() -> None:
         fxpath.trace(mixing, x, response=neuron("mean", (0,)))
 
 
+class Patches(nn.Module):
+    """A convolution, whose channels come first, and a linear layer, whose channels come last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv1d(2, 3, 2), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.conv(x)).transpose(1, 2))
+
+
+def test_channels_are_those_of_the_node_itself() -> None:
+    model, x = double(Patches), noise(3, 2, 5)
+    network = fxpath.trace(model, x, response=neuron("fc", channel=3))
+    torch.testing.assert_close(network.respond(x), model(x)[:, :, 3].mean(1), rtol=1e-14, atol=0)
+
+
 class Mixing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -693,12 +712,15 @@ WRAPS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("checked", [False, True], ids=["symbolic_trace", "torch.export"])
-@pytest.mark.parametrize("name", WRAPS)
+BOTH_TRACERS = [(name, checked) for name in WRAPS for checked in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "checked"),  # torch.export has to be told of dataclasses: below
+    [(name, checked) for name, checked in BOTH_TRACERS if not (checked and name.startswith("dataclass"))],
+)
 def test_parts_of_an_output(name: str, checked: bool) -> None:
     wrap, part = WRAPS[name]
-    if checked and name.startswith("dataclass"):
-        pytest.skip("torch.export has to be told of dataclasses")
     model, x = double(lambda: Wrapped(wrap, checked=checked)), noise(3, 4)
     network = fxpath.trace(model, x, response=Logit(part))
     assert network.traced.tracer == ("torch.export" if checked else "symbolic_trace")
