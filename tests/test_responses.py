@@ -602,7 +602,7 @@ def test_sites_that_are_asked_for(deep: tuple[nn.Module, Tensor]) -> None:
     model, x = deep
     network = fxpath.trace(model, x, sites=["relu", "relu_1", "relu_3"], response=neuron("relu_2", channel=0))
     assert [site.name for site in network.sites] == ["relu"]
-    with pytest.raises(SiteError, match="there is no node 'relu_9'"):
+    with pytest.raises(SiteError, match=r"there is no node .*'relu_9'"):
         fxpath.trace(model, x, sites=["relu", "relu_9"], response=neuron("relu_2", channel=0))
 
 
