@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .batch import Plan, Report
     from .network import Network
+    from .responses import Response
     from .zoo import LoadedModel
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON for machines on s
 Output = Annotated[Path, typer.Option("--output", "-o", help="where to write")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
 _DIAGNOSE = "ablate some active neurons exactly, and keep the rank correlation of the scores with that"
+_RESPONSE = "logit, probability, margin, pixel, region, token, detection or neuron, with :param=value,…"
 StoreFile = Annotated[Path, typer.Argument(help="an fxpath store (.h5)")]
 
 
@@ -62,7 +64,9 @@ def shown(table: pd.DataFrame, digits: int = 3) -> str:
     return str(table.to_string(index=False, na_rep="–", float_format=lambda value: f"{value:.{digits}f}"))
 
 
-def traced(loaded: LoadedModel, sites: list[str] | None, granularity: str, response: str, device: str) -> Network:
+def traced(
+    loaded: LoadedModel, sites: list[str] | None, granularity: str, response: Response | str, device: str
+) -> Network:
     """The network that the options describe."""
     from .network import trace
 
@@ -138,7 +142,7 @@ def compute(
     weights: Weights = None,
     sites: Sites = None,
     granularity: Granularity = "unit",
-    response: Annotated[str, typer.Option(help="logit, probability or margin")] = "logit",
+    response: Annotated[str, typer.Option(help=_RESPONSE)] = "logit",
     labels: Annotated[Path | None, typer.Option(help="CSV with file,label")] = None,
     limit: Annotated[int | None, typer.Option(help="only the first so many images")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="samples at a time (default 8); part of the job")] = None,
@@ -162,9 +166,11 @@ def compute(
     from .ablation import PER_SITE
     from .given import checked_number
     from .images import load_images
+    from .responses import checked_response
     from .selectors import parse
     from .zoo import load_model
 
+    explained = checked_response(response)
     chosen = [parse(text) for text in selector or batch.DEFAULT_SELECTORS]  # before anything that takes time
     levels = numbers(sparsity) if sparsity else list(batch.DEFAULT_SPARSITIES)
     ablated = PER_SITE if diagnose else 0
@@ -174,7 +180,7 @@ def compute(
         with redirect_stdout(sys.stderr):  # what a user's own module or data set prints is no JSON
             loaded = load_model(model, weights=weights)
             dataset = load_images(images, loaded.preprocess, classes=loaded.classes, labels=labels, limit=limit)
-            network = traced(loaded, sites, granularity, response, chosen_device(device))
+            network = traced(loaded, sites, granularity, explained, chosen_device(device))
             options: dict[str, Any] = {
                 "selectors": chosen, "sparsities": levels, "target": target, "micro_batch": micro_batch,
                 "threads": threads, "scores": scores, "strict": strict, "diagnose": ablated,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import ModelError, TraceError
+from .outputs import plain
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> 
 
 def difference(expected: Any, found: Any) -> float | None:
     """The largest absolute difference of two outputs, or None where it is more than rounding."""
-    leaves, spec = pytree.tree_flatten(expected)
-    others, other_spec = pytree.tree_flatten(found)
+    leaves, spec = pytree.tree_flatten(plain(expected))
+    others, other_spec = pytree.tree_flatten(plain(found))
     if len(leaves) != len(others) or (spec != other_spec and type(expected) is type(found)):
         return None
     gaps = [_gap(one, two) for one, two in zip(leaves, others, strict=True)]

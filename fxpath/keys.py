@@ -1,14 +1,14 @@
-"""The name of a stored pathway: `<selector>[:param=value,…][@<sparsity>]`."""
+"""Names as text: `name[:param=value,…]`, and that of a stored pathway, `<selector>[:param=value,…][@<sparsity>]`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from .errors import SparsityError, StoreError
+from .errors import InputError, SparsityError, StoreError, unknown
 
 type_of_parameter = bool | int | float | str
 
@@ -68,13 +68,7 @@ class PathwayKey:
         return hash(str(self))
 
     def __str__(self) -> str:
-        text = self.selector
-        if self.parameters:
-            shown = (
-                f"{name}={value!r}" if isinstance(value, float) else f"{name}={value}"
-                for name, value in sorted(self.parameters.items())
-            )
-            text += ":" + ",".join(shown)
+        text = text_form(self.selector, dict(sorted(self.parameters.items())))
         return text if self.sparsity is None else f"{text}@{float(self.sparsity)!r}"
 
     @classmethod
@@ -110,3 +104,48 @@ def parse_value(text: str) -> type_of_parameter:
         except ValueError:
             pass
     return text
+
+
+def text_form(name: str, parameters: Mapping[str, type_of_parameter | None]) -> str:
+    """A name with its parameters, those that are None left out.
+
+    >>> text_form("margin", {"against": 3, "output": None})
+    'margin:against=3'
+    """
+    shown = ",".join(
+        f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in parameters.items()
+        if value is not None
+    )
+    return f"{name}:{shown}" if shown else name
+
+
+def parse_parameters(
+    said: str, text: str, known: Iterable[str], types: Callable[[str], tuple[type, ...]]
+) -> dict[str, Any]:
+    """The parameters of `param=value,…`, each of one of its `types`; text is taken as it is where only text will do.
+
+    Raises `InputError`, which begins with `said`, for a parameter that is not `known` and for a value of another type.
+
+    >>> parse_parameters("selector", "seed=3,rule=1", ["seed", "rule"], lambda name: (int if name == "seed" else str,))
+    {'seed': 3, 'rule': '1'}
+    """
+    names = list(known)
+    given: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"{said}: expected param=value, found {item!r}")
+        if name not in names:
+            raise InputError(f"{said}: " + unknown("parameter", name, names))
+        if name in given:
+            raise InputError(f"{said}: {name} is given twice")
+        wanted = types(name)
+        parsed = value if wanted == (str,) else parse_value(value)
+        if float in wanted and int not in wanted and isinstance(parsed, int) and not isinstance(parsed, bool):
+            parsed = float(parsed)
+        if not isinstance(parsed, wanted) or (isinstance(parsed, bool) and bool not in wanted):
+            shown = " or ".join(each.__name__ for each in wanted)
+            raise InputError(f"{said}: expected {name} to be {shown}, found {value!r}")
+        given[name] = parsed
+    return given

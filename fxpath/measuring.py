@@ -24,6 +24,7 @@ class _Place(DryInterpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # it would be written into messages of one line
         self.at = ""
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 

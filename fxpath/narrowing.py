@@ -34,7 +34,7 @@ _BY_CHANNEL_NAMES = {
 
 
 class Narrowed(nn.Module):
-    """Some rows of a layer: its outputs `classes`, `(U,)` int64, along the second axis."""
+    """Some rows of a layer: its outputs `classes`, `(U,)` int64; a linear layer's come last, a convolution's second."""
 
     def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__()
@@ -43,7 +43,8 @@ class Narrowed(nn.Module):
     def forward(self, value: Tensor, classes: Tensor) -> Tensor:
         layer = self.layer
         if altered(layer):  # since the graph was made
-            return layer(value).index_select(1, classes)  # type: ignore[no-any-return]
+            made: Tensor = layer(value)
+            return made.index_select(made.ndim - 1 if isinstance(layer, nn.Linear) else 1, classes)
         bias = None if layer.bias is None else layer.bias.index_select(0, classes)
         weight = layer.weight.index_select(0, classes)
         if isinstance(layer, nn.Linear):

@@ -24,12 +24,14 @@ from .measuring import measured
 from .neurons import Granularity, Site
 from .nodes import altered
 from .outcomes import find_original, find_outcome
+from .outputs import mapped
 from .pathways import Pathways
-from .responses import Response, checked_response, logit, resolve_target, respond
+from .responses import Hidden, Response, checked_response, logit, resolve_target, respond
 from .rewriting import insert_gates, site_edges
 from .samples import Samples, type_of_target
 from .suffixes import Parts, Suffix
 from .tracing import Traced, plain_attention, trace_module
+from .truncation import truncated
 
 
 def trace(
@@ -47,7 +49,9 @@ def trace(
 
     `x` is an example batch (tensor, tuple of arguments, dict of keyword arguments, or `Samples`) on the model's
     device. `sites` chooses the activations that count as neurons: "rectifiers", "activations", names, globs, module
-    types or a callable on fx nodes. `response` is Φ. The model is neither changed nor copied.
+    types or a callable on fx nodes. `response` is Φ: a response, its text form such as "pixel:row=10,column=20", or a
+    function of the output; with one that reads a hidden neuron the graph ends there. The model is neither changed nor
+    copied.
 
     Raises `ModelError` (training mode, cannot run on x), `TraceError` (no graph equals the model), `SiteError` (no
     activation found).
@@ -57,7 +61,7 @@ def trace(
     >>> network.index.size, [site.name for site in network.index.sites]
     (4, ['1'])
     """
-    samples = Samples.of(x).require_finite()
+    samples, explained = Samples.of(x).require_finite(), checked_response(response)
     leaves = (leaves,) if isinstance(leaves, type) else tuple(leaves)
     if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in leaves):
         raise InputError(f"trace: expected leaves to be module types, such as (MyBlock,), found {leaves!r}")
@@ -66,7 +70,7 @@ def trace(
     if isinstance(model, nn.Module):
         _require_one_device(model, samples)
     traced = trace_module(model, samples, tracer=tracer, leaves=(*leaves, *types), check=check)
-    return Network(traced, samples, sites=sites, granularity=granularity, response=checked_response(response))
+    return Network(traced, samples, sites=sites, granularity=granularity, response=explained)
 
 
 def _require_one_device(model: nn.Module, samples: Samples) -> None:
@@ -97,10 +101,12 @@ class Network:
     ) -> None:
         if granularity not in ("unit", "channel"):
             raise InputError(f"granularity: expected 'unit' or 'channel', found {granularity!r}")
+        chosen = choose_sites(traced.graph_module, sites)
+        if isinstance(response, Hidden):
+            traced, response, chosen = truncated(traced, example, response, chosen)
         self.traced = traced
         self.response = response
         self._module = traced.graph_module
-        chosen = choose_sites(self._module, sites)
         self._gate_nodes = insert_gates(self._module, chosen)
         _warn_of_smooth([site.name for site in chosen if not site.rectifier])
         called = {str(node.target) for node in self._module.graph.nodes if node.op == "call_module"}
@@ -387,4 +393,4 @@ def _warn_of_smooth(names: Sequence[str]) -> None:
 
 
 def _detached(output: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+    return mapped(Tensor.detach, output)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .errors import SiteError
 from .network import Network
+from .outputs import tensors
 from .samples import Samples
 
 SIZES = (8, 4, 2, 1)  # micro-batches that are tried where none is asked for; in one of 1 there is a single place
@@ -44,7 +44,7 @@ def tried(network: Network, sample: Samples, size: int) -> Trial:
         logits, found = original.logits, [original.response]
     else:
         logits, found = network.response.logits(run.output), [products, run.response]
-        found += [leaf for leaf in pytree.tree_leaves(run.output) if isinstance(leaf, Tensor)]
+        found += tensors(run.output)
     return Trial(_rows_equal(found, size), None if logits is None else int(logits.shape[1]))
 
 

@@ -5,20 +5,34 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .samples import class_numbers, type_of_target
+from .class_responses import ClassResponse, Logit, Margin, Probability, resolve_target
+from .errors import InputError, unknown
+from .hidden import Hidden, Neuron, neuron
+from .keys import parse_parameters
+from .outputs import read_path, type_of_part
+from .places import Detection, Mask, Pixel, Place, Region, Token
+from .samples import type_of_target
+
+__all__ = [
+    "ClassResponse", "Detection", "Hidden", "Logit", "Margin", "Mask", "Neuron", "OutputFunction", "Pixel", "Place",
+    "Probability", "Region", "Response", "Token", "checked_response", "detection", "identity", "logit", "margin",
+    "neuron", "pixel", "probability", "region", "resolve_target", "respond", "sequence_of", "token",
+]  # fmt: skip
 
 
 @runtime_checkable
 class Response(Protocol):
-    """What Φ is: read from the network's output, one number per sample."""
+    """What Φ is: read from the network's output, one number per sample.
+
+    One that reads a node within the network in its place is a `Hidden` as well: it names the node.
+    """
 
     @property
     def name(self) -> str:
@@ -29,119 +43,6 @@ class Response(Protocol):
 
     def __call__(self, output: Any, target: Tensor | None) -> Tensor:
         """Φ, `(B,)`, differentiable; `target` is `(B,)` int64 or None for responses without classes."""
-
-
-def class_scores(output: Any, key: str | int | None, name: str) -> Tensor:
-    """The `(B, classes)` tensor of a network's output, or an `InputError` that says what the output is instead."""
-    picked = output
-    if key is not None:
-        try:
-            picked = output[key]
-        except (KeyError, IndexError, TypeError):
-            has = sorted(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
-            raise InputError(f"response {name!r}: expected an output with {key!r}, found {has}") from None
-    if not (isinstance(picked, Tensor) and picked.ndim == 2):
-        found = f"a tensor {tuple(picked.shape)}" if isinstance(picked, Tensor) else type(picked).__name__
-        if isinstance(picked, Mapping):
-            found += f" with keys {sorted(map(str, picked))}"
-        elif isinstance(picked, tuple | list):
-            found += f" of {len(picked)}"
-        raise InputError(
-            f"response {name!r}: expected class scores (B, classes) as the network's output, found {found}; pick a "
-            "part of it with response=fxpath.responses.Logit(output=…), or pass a function of the output, (B,)"
-        )
-    return picked
-
-
-def resolve_target(logits: Tensor | None, target: type_of_target) -> Tensor | None:
-    """The class to explain for each sample, `(B,)` int64 on the device of the logits.
-
-    None means the class with the largest logit (the first of equals). Raises `InputError` for a class out of range.
-    """
-    if logits is None:
-        if target is not None:
-            raise InputError("target: this response knows no classes; leave the target out")
-        return None
-    if target is None:
-        return _for_gradients(logits.detach().argmax(dim=1))
-    wanted = class_numbers(target).to(logits.device)
-    if wanted.numel() not in (1, logits.shape[0]):
-        raise InputError(f"target: expected one class, or {logits.shape[0]}, one a sample, found {wanted.numel()}")
-    wanted = wanted.expand(logits.shape[0])
-    outside = (wanted < 0) | (wanted >= logits.shape[1])
-    if bool(outside.any()):
-        row = int(torch.nonzero(outside)[0, 0])
-        raise InputError(
-            f"target: expected a class in 0 … {logits.shape[1] - 1}, found {int(wanted[row])} (row {row} of the batch)"
-        )
-    return _for_gradients(wanted)
-
-
-def _for_gradients(tensor: Tensor) -> Tensor:
-    """A copy of what was made in inference mode: a backward pass may keep it."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return tensor.clone()
-
-
-def _of_target(values: Tensor, target: Tensor | None) -> Tensor:
-    if target is None:
-        raise InputError("response: expected a target class for each sample, found none")
-    return values.gather(1, target.unsqueeze(1)).squeeze(1)
-
-
-@dataclass(frozen=True)
-class Logit:
-    """The pre-softmax score of the target class (the paper's response, §3). `output` picks a part of the output."""
-
-    output: str | int | None = None
-    name = "logit"
-
-    def logits(self, output: Any) -> Tensor:
-        return class_scores(output, self.output, self.name)
-
-    def __call__(self, output: Any, target: Tensor | None) -> Tensor:
-        return _of_target(self.logits(output), target)
-
-
-@dataclass(frozen=True)
-class Probability:
-    """The softmax probability of the target class."""
-
-    output: str | int | None = None
-    name = "probability"
-
-    def logits(self, output: Any) -> Tensor:
-        return class_scores(output, self.output, self.name)
-
-    def __call__(self, output: Any, target: Tensor | None) -> Tensor:
-        return _of_target(self.logits(output).softmax(dim=1), target)
-
-
-@dataclass(frozen=True)
-class Margin:
-    """The target's logit minus another's: minus class `against`, or minus the largest of the others."""
-
-    against: int | None = None
-    output: str | int | None = None
-    name = "margin"
-
-    def logits(self, output: Any) -> Tensor:
-        return class_scores(output, self.output, self.name)
-
-    def __call__(self, output: Any, target: Tensor | None) -> Tensor:
-        scores = self.logits(output)
-        own = _of_target(scores, target)
-        if self.against is not None:
-            if not 0 <= self.against < scores.shape[1]:
-                raise InputError(f"margin: expected a class in 0 … {scores.shape[1] - 1}, found {self.against}")
-            return own - scores[:, self.against]
-        if scores.shape[1] < 2:
-            raise InputError("margin: expected at least two classes, found one; use logit")
-        if target is None:
-            raise InputError("margin: expected a target class for each sample, found none")
-        return own - scores.scatter(1, target.unsqueeze(1), -torch.inf).amax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -166,13 +67,113 @@ probability = Probability()
 margin = Margin()
 
 
+def _placed(place: Place, of: ClassResponse | str, output: type_of_part) -> ClassResponse:
+    found = checked_response(of)
+    if not isinstance(found, Logit | Probability | Margin) or found.at is not None:
+        raise InputError(f"{place.kind}: expected of='logit', 'probability' or 'margin', found {of!r}")
+    return replace(found, at=place, output=found.output if output is None else output)
+
+
+def pixel(
+    row: int, column: int | None = None, *more: int, of: ClassResponse | str = "logit", output: type_of_part = None
+) -> ClassResponse:
+    """The response `of` at one point of a map `(B, classes, …)`; one coordinate for each axis in space.
+
+    >>> pixel(10, 20, output="out").name
+    'pixel:row=10,column=20,output=out'
+    """
+    return _placed(Pixel(*(row,) if column is None else (row, column, *more)), of, output)
+
+
+def region(
+    *box: int, mask: Any = None, of: ClassResponse | str = "logit", output: type_of_part = None
+) -> ClassResponse:
+    """The response `of` over a region of a map `(B, classes, …)`; `box` and `mask` are those of `Region`.
+
+    >>> region(0, 0, 8, 8, of=Margin(against=3)).name
+    'region:box=0/0/8/8,of=margin,against=3'
+    """
+    return _placed(Region(*box, mask=mask), of, output)
+
+
+def token(position: int, *, of: ClassResponse | str = "logit", output: type_of_part = None) -> ClassResponse:
+    """The response `of` at one position of a sequence `(B, positions, classes)`, from the end where it is negative."""
+    return _placed(Token(position), of, output)
+
+
+def detection(box: int, *, of: ClassResponse | str = "logit", output: type_of_part = None) -> ClassResponse:
+    """The response `of` at one box of a detector's scores `(B, boxes, classes)`."""
+    return _placed(Detection(box), of, output)
+
+
+def _numbers(said: str, text: str) -> tuple[int, ...]:
+    parts = text.split("/")
+    if not all(part.removeprefix("-").isdecimal() for part in parts):
+        raise InputError(f"{said}: expected whole numbers joined by '/', such as 5/2/2, found {text!r}")
+    return tuple(map(int, parts))
+
+
+_OF: Mapping[str, type] = {"of": str, "against": int, "output": str}
+_FORMS: dict[str, Mapping[str, type]] = {
+    "logit": {"output": str},
+    "probability": {"output": str},
+    "margin": {"against": int, "output": str},
+    "pixel": {"row": int, "column": int, "at": str, **_OF},
+    "region": {"box": str, **_OF},
+    "token": {"position": int, **_OF},
+    "detection": {"box": int, **_OF},
+    "neuron": {"site": str, "at": str, "channel": int},
+}
+
+
+def parse_response(text: str) -> Response:
+    """A response from its text form, `name[:param=value,…]`; places and paths join their parts by "/".
+
+    Raises `InputError` for a name or parameter that is not there, and for a place that is not said in full.
+
+    >>> parse_response("pixel:row=10,column=20,output=out,of=probability")
+    Probability(output='out', at=Pixel(coordinates=(10, 20)))
+    >>> parse_response("neuron:site=layer3.0.relu,channel=5").name
+    'neuron:site=layer3.0.relu,channel=5'
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in _FORMS:
+        raise InputError(unknown("response", kind, _FORMS, way_out="A function of the output is a response, too"))
+    said = f"response {text!r}"
+    given = parse_parameters(said, rest, _FORMS[kind], lambda name: (_FORMS[kind][name],))
+    coordinates = _numbers(said, given["at"]) if "at" in given else None
+    if kind == "neuron":
+        if "site" not in given:
+            raise InputError(f"{said}: expected site=NAME and at=5/2/2 or channel=5, found no site")
+        return neuron(given["site"], coordinates, channel=given.get("channel"))
+    output = read_path(given["output"]) if "output" in given else None
+    of = given.get("of", kind if kind in ("logit", "probability", "margin") else "logit")
+    if "against" in given and of != "margin":
+        raise InputError(f"{said}: against=… is for a margin; add of=margin")
+    if of not in ("logit", "probability", "margin"):
+        raise InputError(f"{said}: {unknown('response with classes', of, ('logit', 'probability', 'margin'))}")
+    made: ClassResponse = Margin(given.get("against"), output)
+    if of != "margin":
+        made = Logit(output) if of == "logit" else Probability(output)
+    if kind == of:
+        return made
+    if kind == "pixel":
+        sides = (given.get("row"), given.get("column"))
+        if None in sides if coordinates is None else sides != (None, None):
+            raise InputError(f"{said}: expected row=… and column=…, or at=… with all coordinates, as in at=4/10/20")
+        return pixel(*(coordinates or sides), of=made)
+    if kind == "region":
+        return region(*(_numbers(said, given["box"]) if "box" in given else ()), of=made)
+    needed = "position" if kind == "token" else "box"
+    if needed not in given:
+        raise InputError(f"{said}: expected {needed}=…, found none")
+    return (token if kind == "token" else detection)(given[needed], of=made)
+
+
 def checked_response(response: Response | Callable[[Any], Tensor] | str) -> Response:
-    """A response from a response, its name, or a plain function of the output."""
+    """A response from a response, its text form, or a plain function of the output."""
     if isinstance(response, str):
-        named: dict[str, Response] = {"logit": logit, "probability": probability, "margin": margin}
-        if response not in named:
-            raise InputError(f"response: expected one of {', '.join(named)}, or a function, found {response!r}")
-        return named[response]
+        return parse_response(response)
     if isinstance(response, type):
         name = response.__name__
         raise InputError(f"response: expected an instance, found the class {name}; call it: {name}()")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .gates import Gates, Restriction
-from .responses import Logit, respond
+from .responses import Detection, Logit, Pixel, Region, Token, respond
 from .rewriting import Cut
 from .samples import Samples
 from .suffixes import Parts, before, outside, parts_of
@@ -32,6 +32,7 @@ SINGLY, REPEATED, RERUN = 0, 1, 2  # one copy at a time; tensors that are read f
 WHOLE, TAIL = 0, 1  # from the site itself, or from the last values that are affine in α
 _BLOCK = 16  # rows of a last layer that are computed at a time, alike
 _FACTORS = (1.0, 0.5)  # of the activations that are tried
+_OWN_PLACES = (type(None), Pixel, Region, Token, Detection)  # they treat each class alike; another may not
 _ROUNDING, _TELLING = 8, 32  # units in the last place: what rounding may do; and by how much answers must differ
 
 
@@ -61,7 +62,8 @@ class SiteRuns:
         classes: int | None = None,
     ) -> None:
         response = network.response
-        single = type(response) is Logit and response.output is None and target is not None
+        whole = type(response) is Logit and response.output is None and type(response.at) in _OWN_PLACES
+        single = whole and target is not None
         self.network, self.number, self._asked = network, number, max(copies, 1)
         self._classes = classes if single else None
         self._given = samples, target

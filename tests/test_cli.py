@@ -211,6 +211,33 @@ def test_options_of_compute(run: Callable[..., Said], tmp_path: Path) -> None:
         assert store.thumbnail(0) is not None
 
 
+def test_a_place_and_a_hidden_neuron(run: Callable[..., Said], tmp_path: Path) -> None:
+    (tmp_path / "maps.py").write_text(
+        "import torch\nfrom torch import nn\nfrom torchvision.models import segmentation\n"
+        "def net():\n"
+        "    torch.manual_seed(0)\n"
+        "    options = {'weights': None, 'weights_backbone': None, 'num_classes': 10}\n"
+        "    model = segmentation.lraspp_mobilenet_v3_large(**options).eval()\n"
+        "    from small_jobs import FRAME, CIFAR\n"
+        "    from fxpath.zoo import LoadedModel\n"
+        "    return LoadedModel('maps', model, FRAME, FRAME.json(), (3, 32, 32), CIFAR)\n"
+    )
+    for response in ("pixel:row=1,column=2,output=out", "region:box=0/0/8/8,of=probability",
+                     "neuron:site=backbone.2.block.0.2,channel=3"):  # fmt: skip
+        job = ("compute", "maps:net", "small_jobs:seven", "-o", "run.h5", "--selector", "neuron_mct", *QUICK)
+        said = run(*job, "--response", response)
+        assert said.code == 0, said.err
+        with fxpath.open_store("run.h5") as store:
+            assert store.header.response == response
+            assert (store.column("neuron_mct@0.9", "density") > 0.05).all()
+        again = run(
+            *job, "--response", response.replace("column=2", "column=3").replace("8/8", "8/9").replace("=3", "=4")
+        )
+        assert again.code == 2
+        assert "holds the results of another job" in again.err
+        Path("run.h5").unlink()
+
+
 def test_a_folder_with_a_label_file_and_a_broken_picture(run: Callable[..., Said], tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for number, file in enumerate(cifar().files[:5]):
@@ -303,7 +330,13 @@ def wrong(*arguments: str) -> tuple[str, ...]:
         (wrong("--target", "best"), "expected 'labels', 'predicted' or a class number, found 'best'"),
         (wrong("--target", "10"), "expected a class in 0 … 9, found 10"),
         (wrong("--target=-2"), "expected 'labels', 'predicted' or a class number, found '-2'"),
-        (wrong("--response", "logits"), "expected one of logit, probability, margin"),
+        (wrong("--response", "logits"), "there is no response 'logits'; nearest: logit"),
+        (wrong("--response", "pixel:rwo=1,column=2"), "there is no parameter 'rwo'; nearest: row"),
+        (wrong("--response", "pixel:row=1,column=2"), "pixel: expected (B, classes, H, W), found (4, 10)"),
+        (wrong("--response", "logit:output=out"), "there is no part 'out' in the network's output, (4, 10) float32"),
+        (wrong("--response", "neuron:site=relo_2,at=0/0/0"), "there is no node 'relo_2'; nearest: relu_2"),
+        (wrong("--response", "neuron:site=relu_2,at=0/0/99"), "expected coordinates within (8, 8, 8) of relu_2"),
+        (wrong("--response", "neuron:site=relu_2,channel=0", "--target", "3"), "this response knows no classes"),
         (wrong("--sites", "nothing.*"), "nothing.*"),
         (wrong("--granularity", "layer"), "expected unit or channel"),
         (wrong("--micro-batch", "0"), "micro_batch: expected a whole number of at least 1, found 0"),

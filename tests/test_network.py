@@ -610,10 +610,14 @@ def test_targets() -> None:
 @pytest.mark.parametrize(
     ("name", "response", "call", "message"),
     [
-        ("TupleOutput", Logit(), "gradients", r"found tuple of 2; pick a part of it with response="),
-        ("DictOutput", Logit(), "respond", r"found dict with keys \['features', 'logits'\]"),
-        ("DictOutput", Logit("logit"), "respond", r"expected an output with 'logit', found \['features', 'logits'\]"),
-        ("TupleOutput", Probability(output=2), "original", r"expected an output with 2, found tuple"),
+        ("TupleOutput", Logit(), "gradients", r"found tuple of 0 \(3, 4\) float64, 1 \(3, 27\) float64; pick a part"),
+        (
+            "DictOutput",
+            Logit("logit"),
+            "respond",
+            r"no part 'logit' .*, dict of features/last .*, logits \(3, 4\) float64",
+        ),
+        ("TupleOutput", Probability(output=2), "original", r"no part '2' in the network's output, tuple of 0 \(3, 4\)"),
         ("ScalarOutput", Logit(), "respond", r"expected class scores \(B, classes\).*found a tensor \(3,\)"),
         ("Plain", Margin(against=9), "respond", r"margin: expected a class in 0 … 3, found 9"),
         ("Plain", OutputFunction(lambda y: y), "respond", r"one real number per sample, \(3,\), found \(3, 4\)"),
@@ -634,7 +638,7 @@ def test_responses_that_do_not_fit(name: str, response: Any, call: str, message:
 
 def test_response_arguments() -> None:
     for wrong, message in (
-        ("logits", r"expected one of logit, probability, margin, or a function, found 'logits'"),
+        ("logits", r"there is no response 'logits'; nearest: logit .*A function of the output is a response, too"),
         (3, r"expected a Response, its name or a function, found int"),
         (Logit, r"expected an instance, found the class Logit; call it: Logit\(\)"),
     ):

@@ -397,7 +397,9 @@ def test_a_site_that_leads_to_another_output() -> None:
 
     x = torch.randn(2, 3)
     network = fxpath.trace(Two().eval(), x, response=Logit(output="y"))
-    with pytest.warns(NoContributionWarning, match=r"1 sites do not lead to the response 'logit', and score 0: aside"):
+    with pytest.warns(
+        NoContributionWarning, match=r"1 sites do not lead to the response 'logit:output=y', and score 0: aside"
+    ):
         scores = NeuronIntGrad(steps=3).scores(network, x)
     assert not bool(scores.site("aside").any())
     assert bool(scores.site("used").any())

@@ -61,8 +61,8 @@ def warn_of_empty(scores: Scores, samples: Any, found: Sequence[Pathways]) -> No
     names = [repr(Samples.of(samples).names[row]) for row in rows]
     warnings.warn(
         f"{scores.key}: no neuron of sample {', '.join(names[:5])}{' …' if len(names) > 5 else ''} scores, so "
-        "the pathway is empty; the response's gradient vanishes there. Explain the logit rather than a saturated "
-        "probability, or look at the sample",
+        "the pathway is empty; the response's gradient vanishes there. Explain a logit rather than a saturated "
+        "probability, an active hidden neuron rather than a dead one, or look at the sample",
         NoContributionWarning,
         stacklevel=3,
     )

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
 
 from ..errors import InputError, unknown
-from ..keys import PathwayKey, parse_value
+from ..keys import PathwayKey, parse_parameters
 from ..pathways import Selection
 
 if TYPE_CHECKING:
@@ -98,19 +98,5 @@ def parse(text: str | Selector) -> Selector:
     key, _, rest = text.partition(":")
     kind = selector_type(key)
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    given: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"selector {text!r}: expected param=value, found {item!r}")
-        if name not in known:
-            raise InputError(f"selector {text!r}: " + unknown("parameter", name, known))
-        wanted = _types(kind, known[name])
-        parsed = parse_value(value)
-        if float in wanted and int not in wanted and isinstance(parsed, int) and not isinstance(parsed, bool):
-            parsed = float(parsed)
-        if not isinstance(parsed, wanted) or (isinstance(parsed, bool) and bool not in wanted):
-            said = " or ".join(each.__name__ for each in wanted)
-            raise InputError(f"selector {text!r}: expected {name} to be {said}, found {value!r}")
-        given[name] = parsed
+    given = parse_parameters(f"selector {text!r}", rest, known, lambda name: _types(kind, known[name]))
     return kind(**given)
