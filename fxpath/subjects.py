@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import ModelError, unknown
 from .images import load_images
-from .responses import OutputFunction, Response, logit
+from .responses import Logit, OutputFunction, Response, logit, region, token
 from .samples import Samples
 from .zoo import LoadedModel, load_model
 
@@ -75,9 +75,10 @@ def subject_of(name: str, *, meta: bool = False) -> Subject:
     else:
         dataset = load_images(PHOTOS, loaded.preprocess, classes=loaded.classes, limit=SAMPLES)
         samples = Samples(torch.stack([dataset[row][0] for row in range(SAMPLES)]))
-    is_map = name.startswith("torchvision:") and rest in _torchvision("segmentation")
-    classes = not is_map and getattr(loaded.model, "num_classes", 1) != 0
-    return Subject(name, loaded.model, samples, logit if classes else _mean)
+    response: Response = logit if getattr(loaded.model, "num_classes", 1) != 0 else _mean
+    if source == "torchvision" and rest in _torchvision("segmentation"):
+        response = region(output="out")
+    return Subject(name, loaded.model, samples, response)
 
 
 def names(groups: Sequence[str], progress: Callable[[str], None] = lambda _: None) -> list[str]:
@@ -243,12 +244,13 @@ def _transformer(name: str, kind: str) -> Subject:
     if kind in ("vit", "clip_vision"):
         dataset = load_images(PHOTOS, _to_tensor(model.config.image_size, model.config.image_size), limit=SAMPLES)
         photos = torch.stack([dataset[row][0] for row in range(SAMPLES)]) * 2 - 1
-        return Subject(name, model, Samples({"pixel_values": photos}), _mean)
+        return Subject(name, model, Samples({"pixel_values": photos}), Logit("logits") if kind == "vit" else _mean)
     rows = [list(text.encode()) for text in _TEXTS]  # a token a byte: no tokenizer's file is needed
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if kind == "gpt2":
-        inputs["use_cache"] = False
-    return Subject(name, model, Samples(inputs), _mean)
+    if kind == "bert":
+        return Subject(name, model, Samples(inputs), Logit("logits"))
+    last = min(map(len, rows)) - 1  # a real token of all; one reads those before it
+    return Subject(name, model, Samples(inputs | {"use_cache": False}), token(last, output="logits"))
