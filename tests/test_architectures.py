@@ -125,6 +125,27 @@ def test_gradients_through_gates_are_the_modules_own(name: str) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12 * float(found[0].abs().max()))
 
 
+def test_patches_folded_into_the_batch_belong_to_their_samples() -> None:
+    """MobileViT runs its transformers on (samples · places in a patch): permuted samples have permuted neurons."""
+    torch.manual_seed(0)
+    model, x = timm.create_model("mobilevit_xxs").eval().double(), torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    network = trace_any(model, x)
+    folds = {site.name: site.fold for site in network.sites if site.fold > 1}
+    assert set(folds.values()) == {4}
+    assert len(folds) == 9
+    order = [2, 0, 1]
+    for run in (fxpath.NeuronMCT(), fxpath.Magnitude()):
+        plain, permuted = (run.scores(network, given).signed for given in (x, x[order]))
+        torch.testing.assert_close(permuted, plain[order], rtol=1e-9, atol=1e-12)
+    pathways = fxpath.NeuronMCT().scores(network, x).pathways(0.8)
+    with torch.no_grad():
+        with network.masked(pathways):
+            together = network(x)
+        for row in range(3):
+            with network.masked(pathways.take([row])):
+                torch.testing.assert_close(network(x[row : row + 1]), together[row : row + 1], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_open_gates_change_nothing_on_every_architecture(name: str, capsys: pytest.CaptureFixture[str]) -> None:
