@@ -53,6 +53,7 @@ def measured(
                 folded[number] = value
 
         place = _Place(module)
+        place.extra_traceback = False  # it would lengthen the messages of errors
         with torch.inference_mode(False), torch.no_grad():
             batch = example.take(rows).map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach())
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,14 +18,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .branches import BranchTracer
 from .equality import answer
 from .equality import check as check_equal
-from .errors import InputError, ModelError, TraceError
-from .inplace import AliasError, InPlaceProxy, MutationAudit, MutationError, remove_in_place
+from .errors import InputError, ModelError, TraceError, TraceWarning
+from .inplace import AliasError, MutationAudit, MutationError, remove_in_place
 from .naming import NAME, name_nodes, name_stack
-from .refusals import described, parameters_of, require_arguments, require_evaluation, why_untraceable
+from .reasons import described, why_untraceable
+from .refusals import parameters_of, require_any_batch, require_arguments, require_one_device, require_open, traceable
 from .samples import Samples
 from .surroundings import plain_attention, put_back, quietly
+from .tracers import PathTracer, stop_gradients
 
 TracerName = Literal["symbolic_trace", "torch.export"]
 
@@ -35,7 +39,8 @@ class Traced:
 
     `graph_module` takes the flat list that `bind` makes of samples and returns what `unbind` turns into the module's
     output. Every node's `meta["fxpath_name"]` is its qualified name. `difference` is the largest absolute difference
-    from the module's outputs that was seen (0 means bit-identical); `checked` are the batch sizes compared.
+    from the module's outputs that was seen (0 means bit-identical); `checked` are the batch sizes compared. `notes` say
+    what failed on the way, `remarks` what the graph holds that its sites do not show.
     """
 
     graph_module: fx.GraphModule
@@ -45,34 +50,10 @@ class Traced:
     checked: tuple[int, ...] = ()
     difference: float = 0.0
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def __call__(self, samples: Samples) -> Any:
         return self.unbind(self.graph_module(*self.bind(samples)))
-
-
-# torch.nn's own modules that hold activations; every other one of torch.nn is a leaf
-_OPENED = (
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoder,
-    nn.TransformerDecoderLayer,
-)
-
-
-class _Tracer(fx.Tracer):
-    """fx's tracer, with more leaf modules and in-place operators recorded as such."""
-
-    def __init__(self, leaves: Sequence[type[nn.Module]] = ()) -> None:
-        super().__init__(param_shapes_constant=True)
-        self.leaves = tuple(leaves)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        plain = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
-        return isinstance(m, self.leaves) or plain
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
 
 
 def trace_module(
@@ -81,16 +62,22 @@ def trace_module(
     *,
     tracer: fx.Tracer | None = None,
     leaves: Sequence[type[nn.Module]] = (),
+    fix_branches: bool = False,
     check: bool = True,
 ) -> Traced:
     """Trace `model` on an example batch.
 
     A `tracer` of one's own replaces fxpath's (then `torch.export` is not tried); `leaves` are module types not to be
-    looked into. With `check`, the graph's output is compared with the module's on the example and on a second batch
-    size. Raises `ModelError` in training mode and `TraceError`, naming the line, where no graph equals the module.
+    looked into. With `fix_branches`, a branch on values that no tracer follows is taken as the example takes it, and
+    inputs that take another raise `BranchError`. With `check`, the graph's output is compared with the module's on the
+    example and on a second batch size, and its gradient on the second. What a user must know of the graph is a
+    `TraceWarning`. Raises `ModelError` for a model that cannot be traced as it is (training mode, quantised,
+    TorchScript …) and `TraceError`, naming the line, where no graph equals the module.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
-    require_evaluation(model)
+    if tracer is not None and fix_branches:
+        raise InputError("trace: fix_branches needs fxpath's own tracer; leave out one of tracer=… and fix_branches")
+    model = traceable(model)
+    require_one_device(model, example)
     require_arguments(model, example)
     first: Exception | None = None
     attempts: list[str] = []
@@ -98,40 +85,71 @@ def trace_module(
         with quietly(example), put_back(model):
             example = example.map(lambda leaf: leaf.detach().clone() if leaf.is_inference() else leaf.detach())
             expected = answer(model, example) if check else None
-            for name, way in _ways(model, example, tracer, leaves):
+            for name, way in _ways(model, example, tracer, leaves, fix_branches):
                 try:
                     with plain_attention():
                         traced = way()
+                    require_open(traced.graph_module)
                     if check:
                         check_equal(model, traced, example, expected)
                     name_nodes(traced.graph_module)
                     traced.notes += attempts
-                    return traced
+                    break
                 except Exception as error:
                     mendable = isinstance(error, InputError | ModelError) and not isinstance(error, TraceError)
                     if mendable or isinstance(error, torch.OutOfMemoryError):
                         raise
                     first = first or error
                     attempts.append(described(name, error))
-        raise TraceError(why_untraceable(model, attempts)) from first
+            else:
+                said = why_untraceable(model, attempts, leaves=bool(leaves), fixed=fix_branches)
+                raise TraceError(said) from first
     finally:
         first = None  # its traceback holds this frame: a cycle that would keep the example alive
         if len(attempts) > 1:  # torch.export has failed, and leaves such cycles of its own
             gc.collect()
+    if leaves and traced.tracer == "torch.export":
+        kinds = ", ".join(kind.__name__ for kind in leaves)
+        traced.remarks.append(f"{kinds} could not be leaves: torch.export, which looks into all, {_instead(attempts)}")
+    for remark in traced.remarks:
+        warnings.warn(f"trace: {remark}", TraceWarning, stacklevel=3)
+    return traced
+
+
+def _instead(attempts: Sequence[str]) -> str:
+    return f"made the graph after {attempts[0]}" if attempts else "made the graph"
 
 
 def _ways(
-    model: nn.Module, example: Samples, tracer: fx.Tracer | None, leaves: Sequence[type[nn.Module]]
+    model: nn.Module,
+    example: Samples,
+    tracer: fx.Tracer | None,
+    leaves: Sequence[type[nn.Module]],
+    fix_branches: bool,
 ) -> list[tuple[str, Callable[[], Traced]]]:
     ways: list[tuple[str, Callable[[], Traced]]] = [
-        ("symbolic_trace", lambda: _symbolic(model, example, tracer or _Tracer(leaves)))
+        ("symbolic_trace", lambda: _symbolic(model, example, tracer or PathTracer(leaves)))
     ]
+    if fix_branches:
+        ways.append(
+            (
+                "symbolic_trace, branches fixed",
+                lambda: _symbolic(model, example, _branch_tracer(model, example, leaves)),
+            )
+        )
     if tracer is None:
         ways += [
             ("torch.export", lambda: _export(model, example, functionalise=False)),
             ("torch.export, functionalised", lambda: _export(model, example, functionalise=True)),
         ]
     return ways
+
+
+def _branch_tracer(model: nn.Module, example: Samples, leaves: Sequence[type[nn.Module]]) -> BranchTracer:
+    own = example.map(torch.clone)  # the module may write to its input
+    given = inspect.signature(model.forward).bind(*own.args, **own.kwargs)
+    given.apply_defaults()
+    return BranchTracer(leaves, given.arguments)
 
 
 # --- symbolic tracing -----------------------------------------------------------------------------------------------
@@ -146,6 +164,8 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
     constants = {p.name: p.default for p in parameters if p.name not in given}
     constants |= {name: value for name, value in given.items() if not pytree.tree_any(_is_tensor, value)}
     graph = tracer.trace(model, concrete_args=constants or None)
+    if isinstance(tracer, PathTracer) and tracer.autocast is not None:
+        raise TraceError(f"forward switches torch.autocast ({tracer.autocast}), which symbolic_trace would lose")
     module = fx.GraphModule(tracer.root, graph, type(model).__name__)
     _drop_constants(module, names, constants)
     inputs = [name for name in names if name not in constants]
@@ -156,7 +176,9 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
 
     name_stack(module)
     _functional(module, bind(example))
-    return Traced(module, "symbolic_trace", bind, lambda output: output)
+    stop_gradients(module)
+    remarks = tracer.remarks() if isinstance(tracer, PathTracer) else []
+    return Traced(module, "symbolic_trace", bind, lambda output: output, remarks=remarks)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -193,6 +215,7 @@ def _export(model: nn.Module, example: Samples, *, functionalise: bool) -> Trace
     axes = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)  # as export wants them: by parameter
     with torch.no_grad():
         program = torch.export.export(model, wide.args, wide.kwargs, dynamic_shapes=axes, strict=False)
+    require_any_batch(program)
     if functionalise:
         program = program.run_decompositions({})
     exported = program.module(check_guards=False)
