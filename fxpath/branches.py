@@ -22,10 +22,9 @@ from torch import Tensor, fx, nn
 from .errors import BranchError
 from .inplace import InPlaceProxy
 from .reasons import line_of_caller
-from .tracers import PathTracer
+from .tracers import PathTracer, asks_of_shapes
 
 _CHECKED: ContextVar[bool] = ContextVar("fxpath_branches_checked", default=True)
-_ASKED_OF_SHAPES = ("shape", "ndim", "dtype", "device", "layout", "size", "dim", "numel", "stride", "ndimension")
 
 
 @contextlib.contextmanager
@@ -169,5 +168,4 @@ class BranchTracer(PathTracer):
     def _holds_data(self, node: fx.Node) -> bool:
         if isinstance(self._values[node], Tensor):
             return True
-        asked = node.args[1] if node.target is getattr else node.target
-        return asked not in _ASKED_OF_SHAPES and any(map(self._holds_data, node.all_input_nodes))
+        return not asks_of_shapes(node) and any(map(self._holds_data, node.all_input_nodes))

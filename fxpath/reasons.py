@@ -23,7 +23,7 @@ _HINTS = (  # what an attempt's error says, and what helps
     (r"(int|float)\(\) argument must be|cannot be interpreted as an integer",
      "sizes are numbers already: take x.shape[0] as it is, without int(), range() or a loop over the samples"),
     (r"cannot be iterated", "loop over x.unbind(axis) of an axis that is not the batch"),
-    (r"another output at batch size|fails at batch size|batch size alone", "let nothing depend on the batch size"),
+    (r"(output|fails) at batch size|batch size alone|batch sizes", "let nothing depend on the batch size"),
 )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ from .naming import NAME
 from .reasons import line_of_caller
 from .refusals import unwrapped
 
-_STOPPED = "fxpath_stopped"  # node.meta key: made where gradients were switched off
+_STOPPED = "fxpath_stopped"  # node.meta key of the line that made a node where gradients were switched off
+_ASKED_OF_SHAPES = ("shape", "ndim", "dtype", "device", "layout", "size", "dim", "numel", "stride", "ndimension")
 
 # torch.nn's own modules that hold activations; every other one of torch.nn is a leaf
 _OPENED = (
@@ -36,14 +37,12 @@ _OPENED = (
 class PathTracer(fx.Tracer):
     """fx's tracer, with more leaf modules, and with in-place operators, hooks and custom gradients recorded as such.
 
-    `stopped`, `scripted` and `autocast` say what it met on its way: lines where gradients are switched off, TorchScript
-    modules, and the line where autocast is switched.
+    `scripted` and `autocast` say what it met on its way: TorchScript modules, and the line where autocast is switched.
     """
 
     def __init__(self, leaves: Sequence[type[nn.Module]] = ()) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = tuple(leaves)
-        self.stopped: list[str] = []
         self.scripted: list[str] = []
         self.autocast: str | None = None
         self._autocast_before: tuple[Any, ...] = ()
@@ -55,18 +54,13 @@ class PathTracer(fx.Tracer):
 
     def remarks(self) -> list[str]:
         """What a user must know of the graph that its sites do not show."""
-        said = [
-            f"the gradient stops in a block without gradients ({line}), as in the module: what lies before gets none. "
-            "Take torch.no_grad() or inference_mode() out of forward if it should"
-            for line in self.stopped
-        ]
         scripted = ", ".join(dict.fromkeys(self.scripted))
-        if scripted:
-            said.append(
-                f"{scripted} is TorchScript, a leaf: activations inside are no sites; give the Python module if they "
-                "should be"
-            )
-        return said
+        if not scripted:
+            return []
+        return [
+            f"{scripted} is TorchScript, a leaf: activations inside are no sites; give the Python module if they should "
+            "be"
+        ]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, torch.jit.ScriptModule):
@@ -82,9 +76,7 @@ class PathTracer(fx.Tracer):
         node = super().create_node(kind, *args, **kwargs)
         if kind.startswith("call_"):
             if not torch.is_grad_enabled():
-                node.meta[_STOPPED] = True
-                line = line_of_caller() or "an unknown line"
-                self.stopped += [] if line in self.stopped else [line]
+                node.meta[_STOPPED] = line_of_caller() or "an unknown line"
             if self.autocast is None and _autocast_state() != self._autocast_before:
                 self.autocast = line_of_caller() or "an unknown line"
         return node
@@ -194,10 +186,22 @@ def without_gradient(value: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
 
 
-def stop_gradients(module: fx.GraphModule) -> None:
-    """Detach what was made under `torch.no_grad()` where nodes outside of it read it, as the module does."""
+def asks_of_shapes(node: fx.Node) -> bool:
+    """Whether a node's value depends on the shapes of its inputs alone."""
+    return (node.args[1] if node.target is getattr else node.target) in _ASKED_OF_SHAPES
+
+
+def stop_gradients(module: fx.GraphModule) -> list[str]:
+    """Detach what was made under `torch.no_grad()` where nodes outside of it read it, as the module does.
+
+    Returns a remark for each line that did so with values of the input.
+    """
     graph = module.graph
+    moving: set[fx.Node] = set()
+    lines: dict[str, None] = {}
     for node in list(graph.nodes):
+        if node.op == "placeholder" or (not moving.isdisjoint(node.all_input_nodes) and not asks_of_shapes(node)):
+            moving.add(node)
         outside = [user for user in node.users if _STOPPED not in user.meta]
         if _STOPPED in node.meta and outside:
             with graph.inserting_after(node):
@@ -205,5 +209,13 @@ def stop_gradients(module: fx.GraphModule) -> None:
             detached.meta = {NAME: f"{node.meta[NAME]}.without_gradient"}
             for user in outside:
                 user.replace_input_with(node, detached)
+            if node in moving:
+                lines[node.meta[_STOPPED]] = None
+                moving.add(detached)
     graph.lint()
     module.recompile()
+    return [
+        f"the gradient stops in a block without gradients ({line}), as in the module: what lies before gets none. Take "
+        "torch.no_grad() or inference_mode() out of forward if it should"
+        for line in lines
+    ]

@@ -176,8 +176,7 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
 
     name_stack(module)
     _functional(module, bind(example))
-    stop_gradients(module)
-    remarks = tracer.remarks() if isinstance(tracer, PathTracer) else []
+    remarks = stop_gradients(module) + (tracer.remarks() if isinstance(tracer, PathTracer) else [])
     return Traced(module, "symbolic_trace", bind, lambda output: output, remarks=remarks)
 
 
