@@ -104,7 +104,7 @@ class BranchTracer(PathTracer):
         try:
             return super().trace(root, concrete_args)
         finally:
-            self._values.clear()
+            self._values, self._inputs = {}, {}  # the tracer is in cycles, that would keep them alive
 
     def remarks(self) -> list[str]:
         fixed = dict.fromkeys(f"{branch.where} is {branch.answer}" for branch in self.branches if branch.on_values)

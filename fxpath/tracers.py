@@ -49,7 +49,7 @@ class PathTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self._autocast_before = _autocast_state()
-        with torch.enable_grad(), _functions_recorded(self):
+        with _functions_recorded(self):
             return super().trace(root, concrete_args)
 
     def remarks(self) -> list[str]:
@@ -58,8 +58,8 @@ class PathTracer(fx.Tracer):
         if not scripted:
             return []
         return [
-            f"{scripted} is TorchScript, a leaf: activations inside are no sites; give the Python module if they should "
-            "be"
+            f"{scripted} is TorchScript, a leaf: activations inside are no sites; give the Python module if they "
+            "should be"
         ]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

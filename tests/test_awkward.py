@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import re
 import warnings
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from footprint import unchanged
+from footprint import Watched, require_clean_failures, unchanged
 from networks import Branching, DataBranch, DataBranchInLeaf, image
 from timm.layers import DropPath
 from torch import Tensor, fx, nn
@@ -1145,6 +1146,28 @@ def test_fixed_branches_with_leaves_hooks_and_in_place_operations() -> None:
         assert [site.name for site in network.sites] == ["relu"]
         assert torch.equal(network(x), model(x))
     assert len(network.traced.remarks) == 1
+
+
+def test_fixing_branches_leaves_nothing_alive() -> None:
+    class Watching(DataBranch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.watched = Watched()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.watched(x))
+
+    model, x = Watching().double().eval(), image(3)
+    record = model.watched.record
+    gc.disable()
+    try:
+        with pytest.warns(TraceWarning):
+            network = fxpath.trace(model, x, leaves=Watched, fix_branches=True)
+        assert record.references
+        assert record.alive() == 0
+        require_clean_failures(network, model, record, (1,), lambda: network(x))
+    finally:
+        gc.enable()
 
 
 def test_leaves_that_torch_export_opens_are_told() -> None:
