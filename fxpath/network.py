@@ -23,6 +23,7 @@ from .measuring import measured
 from .neurons import Granularity, Site
 from .outcomes import find_original, find_outcome
 from .pathways import Pathways
+from .reasons import opened
 from .responses import Response, checked_response, logit, resolve_target, respond
 from .rewriting import SiteSpec, altered, choose_sites, insert_gates, site_edges
 from .samples import Samples, type_of_target
@@ -66,7 +67,7 @@ def trace(
     kinds = sites if isinstance(sites, Sequence) and not isinstance(sites, str) else [sites]
     types = tuple(kind for kind in kinds if isinstance(kind, type))
     traced = trace_module(
-        model, samples, tracer=tracer, leaves=(*leaves, *types), fix_branches=fix_branches, check=check
+        model, samples, tracer=tracer, leaves=leaves, kinds=types, fix_branches=fix_branches, check=check
     )
     return Network(traced, samples, sites=sites, granularity=granularity, response=checked_response(response))
 
@@ -93,7 +94,12 @@ class Network:
         self.traced = traced
         self.response = response
         self._module = traced.graph_module
-        chosen = choose_sites(self._module, sites)
+        try:
+            chosen = choose_sites(self._module, sites)
+        except SiteError as error:
+            if traced.tracer == "torch.export" and sites not in ("rectifiers", "activations"):
+                raise SiteError(f"{error} Perhaps it is a module, or in one: {opened(traced.notes)}") from None
+            raise
         self._gate_nodes = insert_gates(self._module, chosen)
         _warn_of_smooth([site.name for site in chosen if not site.rectifier])
         called = {str(node.target) for node in self._module.graph.nodes if node.op == "call_module"}

@@ -87,5 +87,11 @@ def why_untraceable(model: nn.Module, attempts: Sequence[str], *, leaves: bool, 
     return "\n".join(said)
 
 
+def opened(notes: Sequence[str]) -> str:
+    """Why no module is a leaf in a graph of `torch.export`; `notes` tell of the attempt that failed before."""
+    failed = next((note for note in notes if note.startswith("symbolic_trace")), "symbolic_trace")
+    return f"torch.export made this graph, and looks into every module; before it failed {failed}"
+
+
 def _backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)

@@ -92,15 +92,18 @@ def _require_usable_tensors(model: nn.Module) -> None:
             )
 
 
-def require_one_device(model: nn.Module, example: Samples) -> None:
-    """Raise where parameters are on several devices (`ModelError`) or on another than the example (`InputError`)."""
+def require_one_device(model: nn.Module, example: Samples, *, values: bool) -> None:
+    """Raise where parameters are on several devices (`ModelError`) or on another than the example (`InputError`).
+
+    With `values`, the meta device is refused as well, as nothing can be computed and compared there.
+    """
     homes: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
         homes.setdefault(parameter.device, name)
-    if torch.device("meta") in homes:
+    if values and torch.device("meta") in homes:
         raise ModelError(
             f"trace: {homes[torch.device('meta')]} of {type(model).__name__} is on the meta device and has no values; "
-            "make it with model.to_empty(device=…) and load its weights"
+            "make it with model.to_empty(device=…) and load its weights, or list its sites alone: check=False"
         )
     if len(homes) > 1:
         shown = ", ".join(f"{name} on {device}" for device, name in homes.items())

@@ -24,7 +24,7 @@ from .equality import check as check_equal
 from .errors import InputError, ModelError, TraceError, TraceWarning
 from .inplace import AliasError, MutationAudit, MutationError, remove_in_place
 from .naming import NAME, name_nodes, name_stack
-from .reasons import described, why_untraceable
+from .reasons import described, opened, why_untraceable
 from .refusals import parameters_of, require_any_batch, require_arguments, require_one_device, require_open, traceable
 from .samples import Samples
 from .surroundings import plain_attention, put_back, quietly
@@ -62,22 +62,23 @@ def trace_module(
     *,
     tracer: fx.Tracer | None = None,
     leaves: Sequence[type[nn.Module]] = (),
+    kinds: Sequence[type[nn.Module]] = (),
     fix_branches: bool = False,
     check: bool = True,
 ) -> Traced:
     """Trace `model` on an example batch.
 
     A `tracer` of one's own replaces fxpath's (then `torch.export` is not tried); `leaves` are module types not to be
-    looked into. With `fix_branches`, a branch on values that no tracer follows is taken as the example takes it, and
-    inputs that take another raise `BranchError`. With `check`, the graph's output is compared with the module's on the
-    example and on a second batch size, and its gradient on the second. What a user must know of the graph is a
-    `TraceWarning`. Raises `ModelError` for a model that cannot be traced as it is (training mode, quantised,
-    TorchScript …) and `TraceError`, naming the line, where no graph equals the module.
+    looked into, and so are `kinds`, which will be sites. With `fix_branches`, a branch on values that no tracer follows
+    is taken as the example takes it, and inputs that take another raise `BranchError`. With `check`, the graph's output
+    is compared with the module's on the example and on a second batch size, and its gradient on the second. What a user
+    must know of the graph is a `TraceWarning`. Raises `ModelError` for a model that cannot be traced as it is (training
+    mode, quantised, TorchScript …) and `TraceError`, naming the line, where no graph equals the module.
     """
     if tracer is not None and fix_branches:
         raise InputError("trace: fix_branches needs fxpath's own tracer; leave out one of tracer=… and fix_branches")
     model = traceable(model)
-    require_one_device(model, example)
+    require_one_device(model, example, values=check)
     require_arguments(model, example)
     first: Exception | None = None
     attempts: list[str] = []
@@ -85,7 +86,7 @@ def trace_module(
         with quietly(example), put_back(model):
             example = example.map(lambda leaf: leaf.detach().clone() if leaf.is_inference() else leaf.detach())
             expected = answer(model, example) if check else None
-            for name, way in _ways(model, example, tracer, leaves, fix_branches):
+            for name, way in _ways(model, example, tracer, (*leaves, *kinds), fix_branches):
                 try:
                     with plain_attention():
                         traced = way()
@@ -102,22 +103,18 @@ def trace_module(
                     first = first or error
                     attempts.append(described(name, error))
             else:
-                said = why_untraceable(model, attempts, leaves=bool(leaves), fixed=fix_branches)
+                said = why_untraceable(model, attempts, leaves=bool(leaves or kinds), fixed=fix_branches)
                 raise TraceError(said) from first
     finally:
         first = None  # its traceback holds this frame: a cycle that would keep the example alive
         if len(attempts) > 1:  # torch.export has failed, and leaves such cycles of its own
             gc.collect()
     if leaves and traced.tracer == "torch.export":
-        kinds = ", ".join(kind.__name__ for kind in leaves)
-        traced.remarks.append(f"{kinds} could not be leaves: torch.export, which looks into all, {_instead(attempts)}")
+        shown = ", ".join(kind.__name__ for kind in leaves)
+        traced.remarks.append(f"{shown} could not be leaves: {opened(attempts)}")
     for remark in traced.remarks:
         warnings.warn(f"trace: {remark}", TraceWarning, stacklevel=3)
     return traced
-
-
-def _instead(attempts: Sequence[str]) -> str:
-    return f"made the graph after {attempts[0]}" if attempts else "made the graph"
 
 
 def _ways(
