@@ -12,9 +12,9 @@ from torch import fx, nn
 
 from .errors import SiteError, unknown
 from .inplace import NUMBERS
+from .naming import NAME
 from .nodes import argument, called_module, carries_data, operation
 from .patterns import by_node, formulas_of
-from .tracing import NAME
 
 SiteSpec: TypeAlias = "str | type[nn.Module] | Callable[[fx.Node], bool] | Sequence[str | type[nn.Module]]"
 

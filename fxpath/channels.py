@@ -87,10 +87,10 @@ def _moved(node: fx.Node, axis: int, before: Shape, after: Shape) -> int:
         return _after_reshape(axis, before, after)
     if len(before) == len(after):
         return axis
-    dropped = argument(node, 1, "dim")  # a mean, a sum, select: axes that are gone
-    if len(after) < len(before) and dropped is not None:
-        gone = {int(place) % size for place in (dropped if isinstance(dropped, tuple | list) else [dropped])}
-        return axis - sum(place < axis for place in gone)
+    dropped = argument(node, 1, "dim") if name else None  # a mean, a sum, select: axes that are gone
+    listed: Sequence[Any] = dropped if isinstance(dropped, tuple | list) else [dropped]
+    if len(after) < len(before) and all(isinstance(place, int) for place in listed):
+        return axis - sum(place % size < axis for place in listed)
     return _after_reshape(axis, before, after)
 
 

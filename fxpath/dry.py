@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .nodes import altered
+from .surroundings import put_back
 
 # their output is shaped and laid out in memory as their input; torch takes long to find that out
 _KEEPING = (
@@ -71,7 +72,7 @@ def _run(
     tensors = {name: parameter(tensor) for name, tensor in running.named_parameters()}
     tensors |= {name: other(tensor) for name, tensor in running.named_buffers()}
     given = pytree.tree_map(lambda leaf: other(leaf) if isinstance(leaf, Tensor) else leaf, tuple(inputs))
-    with torch.no_grad():
+    with put_back(running), torch.no_grad():
         torch.func.functional_call(running, tensors, given)
     return interpreter
 

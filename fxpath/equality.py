@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import ModelError, TraceError
+from .errors import BranchError, ModelError, TraceError
 from .outputs import plain
 from .samples import Samples
 
@@ -60,10 +62,24 @@ def answer(model: nn.Module, example: Samples) -> Any:
     except Exception as error:
         raise ModelError(
             f"trace: {type(model).__name__} cannot run on the example {[tuple(t.shape) for t in example.tensors]}: "
-            f"{short(error)}; is it the right size and type?"
+            f"{short(error)}; {_way_out(error, model, example)}"
         ) from error
     _require_steady(model, expected, again)
     return expected
+
+
+def _way_out(error: Exception, model: nn.Module, example: Samples) -> str:
+    """What helps a module that cannot run: another type of numbers where an operator lacks this one."""
+    kinds = {tensor.dtype for tensor in (*model.parameters(), *example.tensors) if not _full(tensor.dtype)}
+    if not kinds or not re.search("not implemented for|not supported|[Uu]nsupported dtype", str(error)):
+        return "is it the right size and type?"
+    shown = ", ".join(sorted(map(str, kinds)))
+    other = " (or bfloat16, which more operators know)" if torch.float16 in kinds else ""
+    return f"that operator has no {shown} on {example.device}: use model.float() and x.float(){other}"
+
+
+def _full(kind: torch.dtype) -> bool:
+    return kind in (torch.float32, torch.float64) or not (kind.is_floating_point or kind.is_complex)
 
 
 def _require_steady(model: nn.Module, one: Any, two: Any) -> None:
@@ -75,31 +91,106 @@ def _require_steady(model: nn.Module, one: Any, two: Any) -> None:
 
 
 def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> None:
-    """Compare the graph's output with the module's; raises `TraceError` where they differ by more than rounding.
+    """Compare the graph with the module; raises `TraceError` where they differ by more than rounding.
 
-    `expected` is the module's answer on the example. Fills in `traced.checked` and `traced.difference`.
+    Outputs on the example, of which the module's is `expected`, and on a second batch size, there with the gradient in
+    the input. Fills in `traced.checked` and `traced.difference`.
     """
+    found = _of_graph(traced, example, lambda: _run(lambda: traced(example), example))
+    _compare(model, traced, example, expected, found)
     second = example.take([0]) if example.batch > 1 else example.take([0, 0])
-    for samples in (example, second):
-        if samples is second:
-            try:
-                expected = _run(lambda: _call(model, second), example)
-            except Exception as error:
-                traced.notes.append(f"the module itself refuses a batch of {samples.batch}: {short(error)}")
-                continue
+    wanted = None if _moving(example) else _first_parameter(model, traced)
+    problem, slopes = None, None
+    try:
+        expected, slopes = _with_slopes(lambda samples: _call(model, samples), second, wanted)
+    except Exception as error:
+        problem = short(error)
         try:
-            found = _run(lambda samples=samples: traced(samples), example)  # type: ignore[misc]
+            expected = _run(lambda: _call(model, second), example)
         except Exception as error:
-            raise TraceError(
-                f"the graph of {traced.tracer} fails at batch size {samples.batch}, not the module: {short(error)}"
-            ) from error
-        gap = difference(expected, found)
-        if gap != 0:
-            _require_steady(model, expected, _run(lambda samples=samples: _call(model, samples), example))  # type: ignore[misc]
-        if gap is None:
-            raise TraceError(f"the graph of {traced.tracer} gives another output at batch size {samples.batch}")
-        traced.difference = max(traced.difference, gap)
-        traced.checked = (*traced.checked, samples.batch)
+            traced.notes.append(f"the module itself refuses a batch of {second.batch}: {short(error)}")
+            return
+    try:
+        if slopes is None:
+            found, slopes_found = _of_graph(traced, second, lambda: _run(lambda: traced(second), second)), None
+        else:
+            found, slopes_found = _of_graph(traced, second, lambda: _with_slopes(traced, second, wanted))
+    except BranchError as error:
+        if not error.on_values:
+            raise TraceError(f"a branch depends on the batch size alone: {error}") from error
+        traced.notes.append(f"no second batch size was compared, as it takes another branch: {error}")
+        return
+    _compare(model, traced, second, expected, found)
+    if slopes is not None and not any(bool(slope.any()) for slope in slopes):  # all is dead for this sample
+        _, slopes = _with_slopes(lambda samples: _call(model, samples), example, wanted)
+        _, slopes_found = _of_graph(traced, example, lambda: _with_slopes(traced, example, wanted))
+    if problem is not None:
+        traced.notes.append(f"the module's own gradient cannot be taken, so the graph's was not compared: {problem}")
+    elif slopes is not None and not _same_slopes(slopes, slopes_found):
+        raise TraceError(f"the graph of {traced.tracer} has another gradient than the module at batch {second.batch}")
+
+
+def _of_graph(traced: Traced, samples: Samples, run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except BranchError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"the graph of {traced.tracer} fails at batch size {samples.batch}, not the module: {short(error)}"
+        ) from error
+
+
+def _compare(model: nn.Module, traced: Traced, samples: Samples, expected: Any, found: Any) -> None:
+    gap = difference(expected, found)
+    if gap != 0:
+        _require_steady(model, expected, _run(lambda: _call(model, samples), samples))
+    if gap is None:
+        raise TraceError(f"the graph of {traced.tracer} gives another output at batch size {samples.batch}")
+    traced.difference = max(traced.difference, gap)
+    traced.checked = (*traced.checked, samples.batch)
+
+
+def _moving(samples: Samples) -> bool:
+    return any(tensor.is_floating_point() for tensor in samples.tensors)
+
+
+def _first_parameter(model: nn.Module, traced: Traced) -> Tensor | None:
+    """The first parameter that both the module and its graph can be differentiated in: an embedding, mostly."""
+    shared = {id(parameter) for parameter in traced.graph_module.parameters()}
+    return next((p for p in model.parameters() if p.requires_grad and id(p) in shared), None)
+
+
+def _with_slopes(
+    call: Callable[[Samples], Any], samples: Samples, wanted: Tensor | None
+) -> tuple[Any, list[Tensor] | None]:
+    """The output, and the gradient of a mixture of all its numbers in `wanted`, or else in every floating input."""
+    tracked = samples.map(lambda leaf: leaf.clone().requires_grad_(leaf.is_floating_point()))
+    goals = [wanted] if wanted is not None else [leaf for leaf in tracked.tensors if leaf.requires_grad]
+    with torch.random.fork_rng(generators(samples.tensors)), torch.enable_grad():
+        output = call(tracked.map(torch.clone))  # copies, as the module may write to its input
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        mixed = [
+            (leaf * torch.arange(1.0, leaf.numel() + 1, device=leaf.device).cos().view(leaf.shape).to(leaf.dtype)).sum()
+            for leaf in leaves
+            if leaf.is_floating_point() and leaf.requires_grad
+        ]
+        slopes: Sequence[Tensor | None] = [None] * len(goals)
+        if mixed and goals:
+            total = torch.stack([value.float() for value in mixed]).sum()
+            slopes = torch.autograd.grad(total, goals, allow_unused=True)
+    output = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+    return output, [torch.zeros_like(t) if g is None else g for t, g in zip(goals, slopes, strict=True)]
+
+
+def _same_slopes(expected: Sequence[Tensor], found: Sequence[Tensor] | None) -> bool:
+    """Whether gradients agree as a whole; single numbers may not, where rounding moves a value across a kink."""
+    for one, two in zip(expected, found or (), strict=True):
+        size, gap = (float(each.float().norm()) for each in (one, one - two))
+        epsilon = torch.finfo(one.dtype).eps
+        if math.isfinite(size) and not gap <= max(1e-3, epsilon**0.5) * size + 1e3 * epsilon:
+            return False
+    return True
 
 
 def difference(expected: Any, found: Any) -> float | None:

@@ -26,6 +26,17 @@ class SampleError(InputError):
         self.reasons = tuple(reasons)
 
 
+class BranchError(InputError):
+    """An input takes another branch of the model's code than the example, whose branches the graph holds.
+
+    `on_values` is False where the branch depends on shapes alone.
+    """
+
+    def __init__(self, message: str, *, on_values: bool) -> None:
+        super().__init__(message)
+        self.on_values = on_values
+
+
 class ModelError(FxpathError):
     """A model cannot be found, loaded or used as it is (training mode, weights that do not fit)."""
 
@@ -58,6 +69,10 @@ class ImageError(FxpathError):
 
 class SmoothSitesWarning(UserWarning):
     """Some sites are not zero on their inactive side; what the paper proves of dead neurons does not cover them."""
+
+
+class TraceWarning(UserWarning):
+    """A graph equals the module, but holds or hides what a user must know: a branch, a stopped gradient, a leaf."""
 
 
 class EmptyPathwaysWarning(UserWarning):

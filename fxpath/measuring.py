@@ -13,10 +13,10 @@ from .channels import channel_axis
 from .dry import DryInterpreter, run_dry
 from .errors import ModelError, SiteError
 from .gates import Gates
+from .naming import NAME
 from .neurons import Granularity, NeuronIndex
 from .rewriting import gate, prefix
 from .samples import Samples
-from .tracing import NAME
 
 
 class _Place(DryInterpreter):

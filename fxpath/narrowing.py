@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .naming import NAME
 from .nodes import altered, called_module, carries_data, operation
 from .rewriting import gate
-from .tracing import NAME
 
 CLASSES = "fxpath_classes"  # the placeholder through which the last layer gets the wanted classes
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from .activations import SiteSpec, choose_sites
 from .answers import Original, Outcome, Pass
+from .branches import keeping_branches
 from .errors import InputError, ModelError, RestrictionError, SiteError, SmoothSitesWarning
 from .exporting import exported
 from .gates import Gates, Restriction, flat, grouped, unfilled
@@ -43,6 +44,7 @@ def trace(
     response: Response | Callable[[Any], Tensor] | str = logit,
     tracer: fx.Tracer | None = None,
     leaves: Sequence[type[nn.Module]] | type[nn.Module] = (),
+    fix_branches: bool = False,
     check: bool = True,
 ) -> Network:
     """Trace a model in evaluation mode to a `Network`: a graph with a gate after every activation.
@@ -50,8 +52,10 @@ def trace(
     `x` is an example batch (tensor, tuple of arguments, dict of keyword arguments, or `Samples`) on the model's
     device. `sites` chooses the activations that count as neurons: "rectifiers", "activations", names, globs, module
     types or a callable on fx nodes. `response` is Φ: a response, its text form such as "pixel:row=10,column=20", or a
-    function of the output; with one that reads a hidden neuron the graph ends there. The model is neither changed nor
-    copied.
+    function of the output; with one that reads a hidden neuron the graph ends there. Modules of the types `leaves` are
+    not looked into; a `tracer` of one's own replaces fxpath's. Where the model branches on values, `fix_branches` takes
+    the branches that the example takes: other inputs are then checked to take the same, or raise `BranchError`, and a
+    restricted network keeps them. The model is neither changed nor copied.
 
     Raises `ModelError` (training mode, cannot run on x), `TraceError` (no graph equals the model), `SiteError` (no
     activation found).
@@ -67,19 +71,10 @@ def trace(
         raise InputError(f"trace: expected leaves to be module types, such as (MyBlock,), found {leaves!r}")
     kinds = sites if isinstance(sites, Sequence) and not isinstance(sites, str) else [sites]
     types = tuple(kind for kind in kinds if isinstance(kind, type))
-    if isinstance(model, nn.Module):
-        _require_one_device(model, samples)
-    traced = trace_module(model, samples, tracer=tracer, leaves=(*leaves, *types), check=check)
+    traced = trace_module(
+        model, samples, tracer=tracer, leaves=leaves, kinds=types, fix_branches=fix_branches, check=check
+    )
     return Network(traced, samples, sites=sites, granularity=granularity, response=explained)
-
-
-def _require_one_device(model: nn.Module, samples: Samples) -> None:
-    homes = {tensor.device for tensor in model.parameters()}
-    if homes and samples.device not in homes:
-        raise InputError(
-            f"trace: the example is on {samples.device}, the model on {', '.join(map(str, homes))}; move one of them: "
-            "x = x.to(device)"
-        )
 
 
 class Network:
@@ -120,7 +115,8 @@ class Network:
         self._parts: dict[tuple[Any, ...], Parts] = {}
         self._narrowed: dict[int, tuple[fx.GraphModule, fx.Node] | None] = {}
         self._formats: dict[tuple[Any, ...], bool] = {}
-        self.index = measured(self._module, traced.bind, example, chosen, granularity)
+        with keeping_branches():  # one sample alone may take another
+            self.index = measured(self._module, traced.bind, example, chosen, granularity)
         self.edges = tuple(site_edges(self._module))
         parents = {target for source, target in self.edges if source >= 0}
         self._entries = frozenset(range(len(self.index))) - parents
@@ -169,7 +165,8 @@ class Network:
     def _run(self, samples: Samples, gates: Gates | None) -> Any:
         if any(module.training for module in self._called):
             raise ModelError("network: the model is in training mode since it was traced; call model.eval()")
-        with nullcontext() if gates is None else plain_attention():
+        restricted = gates is not None and gates.restriction is not None
+        with nullcontext() if gates is None else plain_attention(), keeping_branches() if restricted else nullcontext():
             return self.traced.unbind(self._module(*self.traced.bind(samples), gates))
 
     def samples(self, x: Any, target: type_of_target = None) -> Samples:
@@ -269,7 +266,8 @@ class Network:
         if all(slope is None for slope in found):
             raise SiteError(
                 f"gradients: the response {self.response.name!r} depends on none of the {len(seen)} sites, or not "
-                "differentiably; choose others with sites=…, or another response"
+                "differentiably; choose others with sites=…, or another response, or look for .detach() and "
+                "torch.no_grad() in the model's forward"
             )
         slopes = [torch.zeros_like(a) if g is None else g for a, g in zip(seen, found, strict=True)]
         return Pass(_detached(output), value.detach(), resolved, [a.detach() for a in seen], slopes)

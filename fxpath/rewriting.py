@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from .activations import Activation
+from .naming import NAME
 from .nodes import carries_data
-from .tracing import NAME
 
 GATES = "fxpath_gates"  # the placeholder through which every gate gets its λ and μ
 

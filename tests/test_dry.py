@@ -12,6 +12,13 @@ from fxpath.errors import SmoothSitesWarning
 from fxpath.inplace import MutationAudit
 
 
+class Notes:
+    """Where a leaf was run; tracing puts back what modules note in containers of their own."""
+
+    def __init__(self) -> None:
+        self.devices: list[str] = []
+
+
 class Seeing(nn.Module):
     """A leaf that can ask for values, and notes where it was run."""
 
@@ -19,10 +26,10 @@ class Seeing(nn.Module):
         super().__init__()
         self.reads = reads
         self.register_buffer("calls", torch.zeros(()))
-        self.devices: list[str] = []
+        self.notes = Notes()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.devices.append(x.device.type)
+        self.notes.devices.append(x.device.type)
         if self.reads and float(x.sum()) > 1e9:
             raise ValueError("too large")
         self.calls += 1
@@ -41,7 +48,7 @@ def graph_of(leaf: Seeing) -> fx.GraphModule:
 def test_a_dry_run_touches_no_data() -> None:
     leaf = Seeing(reads=False)
     audit = run_dry(lambda: MutationAudit(graph_of(leaf), keep=True), [torch.ones(2, 3)])
-    assert leaf.devices == ["meta"]
+    assert leaf.notes.devices == ["meta"]
     assert leaf.calls == 0
     values = list(audit.values.values())
     assert values[-1].is_meta
@@ -53,7 +60,7 @@ def test_what_reads_values_runs_on_copies() -> None:
     x = torch.ones(2, 3)
     graph = graph_of(leaf)
     audit = run_dry(lambda: MutationAudit(graph, keep=True), [x])
-    assert leaf.devices == ["meta", "cpu"]
+    assert leaf.notes.devices == ["meta", "cpu"]
     assert leaf.calls == 0, "the run's own buffers are copies"
     with torch.no_grad():
         assert torch.equal(list(audit.values.values())[-1], graph(x))
@@ -64,6 +71,6 @@ def test_tracing_without_the_check_computes_nothing() -> None:
     model = nn.Sequential(nn.Linear(3, 4), leaf).eval()
     with pytest.warns(SmoothSitesWarning):
         network = fxpath.trace(model, torch.ones(2, 3), sites=Seeing, check=False)
-    assert set(leaf.devices) == {"meta"}
+    assert set(leaf.notes.devices) == {"meta"}
     assert network.sites[0].shape == (4,)
     assert network(torch.ones(2, 3)).shape == (2, 4)

@@ -257,8 +257,7 @@ def test_tracing_that_fails_leaves_nothing_behind(x: Tensor) -> None:
                 said.append(str(error))
             assert record.alive() == 0
     record.start()
-    dry = 3 * 3  # three runs without data: one that fails is made again with data
-    assert len(said) >= runs - 3 - dry  # a module may refuse the second batch size
+    assert len(said) >= 3  # where one way of tracing fails, another does it; the module itself has to run
     assert all("this activation fails" in text or "'Watched' matches no node" in text for text in said)
     assert torch.equal(model(x), expected)
 
