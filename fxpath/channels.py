@@ -90,7 +90,7 @@ def _moved(node: fx.Node, axis: int, before: Shape, after: Shape) -> int:
     dropped = argument(node, 1, "dim") if name else None  # a mean, a sum, select: axes that are gone
     listed: Sequence[Any] = dropped if isinstance(dropped, tuple | list) else [dropped]
     if len(after) < len(before) and all(isinstance(place, int) for place in listed):
-        return axis - sum(place % size < axis for place in listed)
+        return axis - sum(int(place) % size < axis for place in listed)
     return _after_reshape(axis, before, after)
 
 
