@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 
 from .nodes import altered
 from .surroundings import put_back
+
+RUNS_HOOKS = "fxpath_runs_hooks"  # attribute of functions that call the hooks of modules
 
 # their output is shaped and laid out in memory as their input; torch takes long to find that out
 _KEEPING = (
@@ -51,15 +53,23 @@ def run_dry(make: Callable[[], Runner], inputs: Sequence[Any]) -> Runner:
     """Run an interpreter that `make` makes; returns the one that ran.
 
     It runs on the meta device, which neither computes nor takes memory. Where something in the graph cannot be run
-    there (a leaf module that reads values, an operator without shapes of its own), another one runs on copies of the
-    real inputs and buffers; what that raises is raised.
+    there (a leaf module that reads values, an operator without shapes of its own), and where hooks would see that
+    there is no data, one runs on copies of the real inputs and buffers; what that raises is raised.
     """
-    try:
-        interpreter = make()
-        interpreter.dry = True
-        return _run(interpreter, inputs, _without_data, _without_data)
-    except Exception:
-        return _run(make(), inputs, lambda parameter: parameter, torch.clone)
+    interpreter = make()
+    if not _hooked(cast(fx.GraphModule, interpreter.module)):
+        try:
+            interpreter.dry = True
+            return _run(interpreter, inputs, _without_data, _without_data)
+        except Exception:
+            interpreter = make()
+    return _run(interpreter, inputs, lambda parameter: parameter, torch.clone)
+
+
+def _hooked(module: fx.GraphModule) -> bool:
+    called = (module.get_submodule(str(node.target)) for node in module.graph.nodes if node.op == "call_module")
+    own = any(getattr(node.target, RUNS_HOOKS, False) for node in module.graph.nodes)
+    return own or any(altered(part) for each in called for part in each.modules())
 
 
 def _run(

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
+from .dry import RUNS_HOOKS
 from .inplace import InPlaceProxy
 from .naming import NAME
 from .reasons import line_of_caller
@@ -104,6 +105,7 @@ class PathTracer(fx.Tracer):
                 raise TypeError(f"a hook of {type(module).__name__} changes how many values there are")
             return given
 
+        setattr(hooks, RUNS_HOOKS, True)
         node: Any = self.create_proxy("call_function", hooks, (leaves, *more), {})
         return pytree.tree_unflatten([node[number] for number in range(len(leaves))], form)
 

@@ -74,3 +74,14 @@ def test_tracing_without_the_check_computes_nothing() -> None:
     assert set(leaf.notes.devices) == {"meta"}
     assert network.sites[0].shape == (4,)
     assert network(torch.ones(2, 3)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("place", ["1", ""])
+def test_hooks_never_see_that_there_is_no_data(place: str) -> None:
+    """A user's recording hook, on a leaf or on what tracing looks into, gets values."""
+    inner = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    seen: list[bool] = []
+    inner.get_submodule(place).register_forward_hook(lambda module, given, output: seen.append(output.is_meta))
+    fxpath.trace(nn.Sequential(inner, nn.Softmax(1)).eval(), torch.ones(2, 3), check=False)
+    assert seen
+    assert not any(seen)
