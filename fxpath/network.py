@@ -23,11 +23,13 @@ from .measuring import measured
 from .neurons import Granularity, Site
 from .nodes import altered
 from .outcomes import find_original, find_outcome
+from .padding import RealNeurons
 from .pathways import Pathways
 from .responses import Response, checked_response, logit, resolve_target, respond
 from .rewriting import insert_gates, site_edges
 from .samples import Samples, type_of_target
 from .suffixes import Parts, Suffix
+from .tokens import Padding, find_padding
 from .tracing import Traced, plain_attention, trace_module
 
 
@@ -41,12 +43,18 @@ def trace(
     tracer: fx.Tracer | None = None,
     leaves: Sequence[type[nn.Module]] | type[nn.Module] = (),
     check: bool = True,
+    padding: str | int | None = None,
 ) -> Network:
     """Trace a model in evaluation mode to a `Network`: a graph with a gate after every activation.
 
     `x` is an example batch (tensor, tuple of arguments, dict of keyword arguments, or `Samples`) on the model's
     device. `sites` chooses the activations that count as neurons: "rectifiers", "activations", names, globs, module
     types or a callable on fx nodes. `response` is Φ. The model is neither changed nor copied.
+
+    `padding` names an input `(B, T)`, by place where inputs are no dict, that is not 0 at real tokens. A neuron at a
+    padding token is none of that sample's: no selector takes it, and sparsities count the others. It applies to sites
+    with an axis of the T tokens besides the channels', which is tried; not where tokens are joined with others (a
+    class token in front) or folded.
 
     Raises `ModelError` (training mode, cannot run on x), `TraceError` (no graph equals the model), `SiteError` (no
     activation found).
@@ -65,7 +73,8 @@ def trace(
     if isinstance(model, nn.Module):
         _require_one_device(model, samples)
     traced = trace_module(model, samples, tracer=tracer, leaves=(*leaves, *types), check=check)
-    return Network(traced, samples, sites=sites, granularity=granularity, response=checked_response(response))
+    asked = checked_response(response)
+    return Network(traced, samples, sites=sites, granularity=granularity, response=asked, padding=padding)
 
 
 def _require_one_device(model: nn.Module, samples: Samples) -> None:
@@ -93,6 +102,7 @@ class Network:
         sites: SiteSpec = "rectifiers",
         granularity: Granularity = "unit",
         response: Response = logit,
+        padding: str | int | None = None,
     ) -> None:
         if granularity not in ("unit", "channel"):
             raise InputError(f"granularity: expected 'unit' or 'channel', found {granularity!r}")
@@ -117,6 +127,7 @@ class Network:
         self.edges = tuple(site_edges(self._module))
         parents = {target for source, target in self.edges if source >= 0}
         self._entries = frozenset(range(len(self.index))) - parents
+        self.padding: Padding | None = None if padding is None else find_padding(self, example, padding)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -201,6 +212,10 @@ class Network:
         with torch.inference_mode(False):  # a copy made in inference mode would be like the original
             return samples.map(torch.clone)
 
+    def real(self, x: Any) -> RealNeurons | None:
+        """Which neurons are the samples' own, None where no padding was asked for; `SampleError` without a token."""
+        return None if self.padding is None else self.padding.real(self, self.samples(x))
+
     def __call__(self, /, *inputs: Any, **named: Any) -> Any:
         """The model's output, under the restriction that is in force; differentiable in the inputs.
 
@@ -268,16 +283,18 @@ class Network:
         return Pass(_detached(output), value.detach(), resolved, [a.detach() for a in seen], slopes)
 
     def signed_products(self, x: Any, target: type_of_target = None) -> tuple[Tensor, Pass]:
-        """a · ∂Φ/∂a of every neuron, `(B, N)`, and the pass it came from."""
+        """a · ∂Φ/∂a of every neuron, `(B, N)`, 0 at padding tokens, and the pass it came from."""
+        real = self.real(x)
         run = self.gradients(x, target)
         batch = run.response.shape[0]
         kind = reduce(torch.promote_types, (value.dtype for value in run.activations))  # autocast mixes them
         products = unfilled((batch, self.index.size), kind, run.activations[0].device)
-        for site, value, slope in zip(self.sites, run.activations, run.gradients, strict=True):
+        for number, (site, value, slope) in enumerate(zip(self.sites, run.activations, run.gradients, strict=True)):
+            own = slope if real is None else real.only(number, slope)
             if site.neurons == site.units:
-                torch.mul(flat(value, site), flat(slope, site), out=products[:, site.slice])
+                torch.mul(flat(value, site), flat(own, site), out=products[:, site.slice])
             else:
-                products[:, site.slice] = grouped(value * slope, site)
+                products[:, site.slice] = grouped(value * own, site)
         return products, run
 
     def rows(self, values: Sequence[Tensor]) -> Tensor:

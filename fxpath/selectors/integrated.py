@@ -99,7 +99,8 @@ class NeuronIntGrad(ByScore):
         if len(parts) == 1:
             return parts[0]
         errors = torch.cat([part.completeness for part in parts if part.completeness is not None])
-        return Scores(torch.cat([part.signed for part in parts]), network.index, errors, self.key, self.rank)
+        signed = torch.cat([part.signed for part in parts])
+        return Scores(signed, network.index, errors, self.key, self.rank, network.real(samples))
 
     def _rows(self, network: Network, samples: Samples, chosen: list[int]) -> int:
         """How many rows fit the memory behind the site that needs the most."""
@@ -130,6 +131,7 @@ class NeuronIntGrad(ByScore):
 
     def _of_some(self, network: Network, samples: Samples, chosen: list[int], copies: int) -> Scores:
         """Scores of samples that are run at once, in so many copies."""
+        real = network.real(samples)
         output, target, classes = resolved(network, samples)
         whole = respond(network.response, output, target, samples.batch).double()
         alphas, weights = quadrature(self.rule, self.steps)
@@ -152,7 +154,7 @@ class NeuronIntGrad(ByScore):
                 if not runs.reaches:
                     silent.append(site.name)
                 signed = signed.to(torch.promote_types(signed.dtype, products.dtype))
-                signed[:, site.slice] = grouped(products, site)
+                signed[:, site.slice] = grouped(products if real is None else real.only(number, products), site)
                 rest = runs.responses(torch.zeros_like(runs.activation))[0].double()
                 total = flat(products, site).sum(dim=1, dtype=torch.float64)
                 errors[:, number] = (total - (whole - rest)).abs()
@@ -164,4 +166,4 @@ class NeuronIntGrad(ByScore):
                 stacklevel=3,
             )
         assert signed is not None
-        return Scores(signed, network.index, errors, self.key, self.rank)
+        return Scores(signed, network.index, errors, self.key, self.rank, real)
