@@ -16,18 +16,19 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .equality import answer, generators, short
+from .equality import answer, generators, odd_part, short
 from .equality import check as check_equal
 from .errors import InputError, ModelError, TraceError
 from .inplace import AliasError, InPlaceProxy, remove_in_place
 from .samples import Samples
+from .trials import unless_it_fails
 
 TracerName = Literal["symbolic_trace", "torch.export"]
 NAME = "fxpath_name"  # node.meta key of a node's qualified name
@@ -117,7 +118,8 @@ def trace_module(
                         raise
                     first = first or error
                     attempts.append(_described(name, error))
-        raise TraceError(_why_untraceable(model, attempts)) from first
+            odd = odd_part(expected if check else unless_it_fails(lambda: answer(model, example)))
+        raise TraceError(_why_untraceable(model, attempts, odd)) from first
     finally:
         first = None  # its traceback holds this frame: a cycle that would keep the example alive
         if len(attempts) > 1:  # torch.export has failed, and leaves such cycles of its own
@@ -372,7 +374,14 @@ def _described(name: str, error: Exception) -> str:
     return f"{name}: {short(error)}" + (f"\n    at {line}" if line else "")
 
 
-def _why_untraceable(model: nn.Module, attempts: Sequence[str]) -> str:
+def _why_untraceable(model: nn.Module, attempts: Sequence[str], odd: type | None) -> str:
+    if odd is not None:
+        own = f"torch.export.register_dataclass({odd.__name__})" if is_dataclass(odd) else "leave it out in forward"
+        return (
+            f"trace: the output of {type(model).__name__} holds a {odd.__name__}, expected tensors, plain values and "
+            "containers that torch.utils._pytree knows. A model of transformers leaves its cache out with "
+            f"'use_cache': False in the example; for a type of your own: {own}"
+        )
     said = [f"trace: no graph equals {type(model).__name__}.", *(f"  {attempt}" for attempt in attempts)]
     said.append(
         "Ways out: pass leaves=(ModuleType, …) for modules that need not be looked into, a tracer=… of your own, or "
