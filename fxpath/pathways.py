@@ -78,11 +78,8 @@ class Scores:
             masks = self._threshold_on_host(levels)
         elif self.real is None:
             masks = self._threshold_on_device([self.index.kept(level) for level in levels])
-        else:  # every sample has its own k
-            kept = [self.real.kept(level) for level in levels]
-            singly = [replace(self, signed=row.unsqueeze(0), real=None) for row in self.signed]
-            rows = [one._threshold_on_device([k[row] for k in kept]) for row, one in enumerate(singly)]
-            masks = torch.cat(rows, dim=1)
+        else:
+            masks = self._threshold_singly([self.real.kept(level) for level in levels])
         return [Pathways(mask, self.index, self.real) for mask in masks]
 
     def _threshold_on_host(self, levels: Sequence[float]) -> Tensor:
@@ -105,6 +102,12 @@ class Scores:
 
         by_thread(select, len(values))
         return torch.from_numpy(masks).to(self.signed.device)
+
+    def _threshold_singly(self, kept: Sequence[Sequence[int]]) -> Tensor:
+        """As `_threshold_on_device`, where every sample has its own k: `kept` has a list of them for each sparsity."""
+        singly = [replace(self, signed=row.unsqueeze(0), real=None) for row in self.signed]
+        masks = [one._threshold_on_device([counts[row] for counts in kept]) for row, one in enumerate(singly)]
+        return torch.cat(masks, dim=1)
 
     def _threshold_on_device(self, counts: Sequence[int]) -> Tensor:
         values = self.values
