@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,15 +100,22 @@ class Classified(Tokens):
         return self.head(F.relu(h.sum(1)))
 
 
-class Attention(Tokens):
-    """The weights of attention are a site with two axes of tokens; of these the first are the tokens that look."""
+class Pairs(Tokens):
+    """A site of pairs of tokens: of its two axes of tokens the second has nothing of padding tokens."""
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        h = self.fc1(self.embed(ids))
-        weights = F.relu(h @ h.transpose(1, 2)).unsqueeze(1) * mask[:, None, None]
-        weights = F.relu(weights)
-        h = F.relu(self.fc2(weights.squeeze(1) @ h))
-        return self.head((h * mask.unsqueeze(-1)).sum(1))
+        h, real = self.fc1(self.embed(ids)), mask.unsqueeze(-1)
+        h = F.relu(h.unsqueeze(2) + (h * real).unsqueeze(1)).mean(2)
+        return self.head((F.relu(self.fc2(h)) * real).sum(1))
+
+
+class Symmetric(Tokens):
+    """The same, but that both axes are alike."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        h, real = self.fc1(self.embed(ids)), mask.unsqueeze(-1)
+        h = F.relu(h.unsqueeze(2) + h.unsqueeze(1)) * real.unsqueeze(1)
+        return self.head((F.relu(self.fc2(h.mean(2))) * real).sum(1))
 
 
 class Convolved(Tokens):
@@ -225,6 +232,8 @@ def test_in_a_batch_every_sample_counts_its_own_units(selector: Selector, granul
             assert all(count <= size // 2 for count, size in zip(pathways.count.tolist(), own, strict=True))
     if isinstance(selector, ByScore) and granularity == "unit":
         assert found[0.5].count.tolist() == [size // 2 for size in own]
+        scores = replace(selector, max_batch=1) if isinstance(selector, fxpath.NeuronIntGrad) else selector
+        assert scores.scores(traced, x).pathways(0.5).count.tolist() == [size // 2 for size in own]
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=repr)
@@ -268,6 +277,24 @@ def test_active_neurons_are_real_ones() -> None:
         assert torch.equal(
             seen[:, network(9, "channel").index.site(number).slice], block.any(1) if block.ndim == 3 else block
         )
+
+
+def test_channels_are_switched_on_at_real_tokens_alone() -> None:
+    traced, x = network(9, "channel"), sentences([9, 2, 1], 9)
+    pathways, original = fxpath.Random().select(traced, x, [0.5])[0.5], traced.original(x)
+    with traced.masked(pathways):
+        values = traced.activations(x)
+    expected = torch.zeros((3, len(traced.sites)), dtype=torch.int64)
+    everywhere = expected.clone()
+    for number, (site, value) in enumerate(zip(traced.sites, values, strict=True)):
+        dead = pathways.mask[:, site.slice] & ~original.active[:, site.slice]
+        on = value > 0
+        everywhere[:, number] = ((on.any(1) if on.ndim == 3 else on) & dead).sum(1)
+        on = (on & (x["attention_mask"] == 1).unsqueeze(2)).any(1) if on.ndim == 3 else on
+        expected[:, number] = (on & dead).sum(1)
+    assert torch.equal(traced.outcome(x, pathways).live, expected)
+    assert not torch.equal(everywhere, expected)
+    assert bool(expected.any())
 
 
 def test_scores_are_zero_at_padding_tokens_even_where_the_model_reads_them() -> None:
@@ -370,9 +397,18 @@ def test_the_token_axis_of_every_site_is_found(kind: type[nn.Module], axes: tupl
 
 
 def test_of_two_axes_of_tokens_that_of_the_token_itself_is_taken() -> None:
-    traced = trace_any(weighted(Attention()), marked([6, 4]), padding=1, sites=["relu_1", "relu_2"])
-    assert [site.shape for site in traced.sites] == [(1, 6, 6), (6, 3)]
-    assert traced.padding.axes == (1, 0)
+    traced = tokens(Pairs)
+    assert [site.shape for site in traced.sites] == [(6, 6, 7), (6, 3)]
+    assert traced.padding.axes == (0, 0)
+
+
+def test_without_data_sizes_decide() -> None:
+    with torch.device("meta"):
+        module, x = Tokens().eval(), tuple(torch.ones(2, 6, dtype=torch.int64) for _ in range(2))
+        traced = trace_any(module, x, padding=1, check=False)
+        assert traced.padding.axes == (0, 0)
+        with pytest.raises(SiteError, match=r"relu \(6, 6, 7\): .*: 2 of its axes have as many entries as tokens"):
+            trace_any(Pairs().eval(), x, padding=1, check=False)
 
 
 def test_gpt2_and_bert() -> None:
@@ -384,10 +420,14 @@ def test_gpt2_and_bert() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [(Convolved, "what stands at a masked token changes others, too"), (Latents, "does not follow a single token")],
+    [
+        (Convolved, "what stands at a masked token changes others, too"),
+        (Symmetric, "what stands at a masked token changes others, too"),
+        (Latents, "does not follow a single token"),
+    ],
 )
 def test_an_axis_that_only_has_the_size_of_the_tokens_is_refused(kind: type[nn.Module], why: str) -> None:
-    with pytest.raises(SiteError, match=rf"padding: site relu \(6, 7\): cannot tell .*{why}.*leave the site out"):
+    with pytest.raises(SiteError, match=rf"padding: site relu \((6, )?6, 7\): cannot tell .*{why}.*leave the site out"):
         trace_any(weighted(kind()), marked([6, 4]), padding=1)
     if kind is Latents:  # with another number of tokens the sizes differ, and all neurons are real
         with pytest.raises(SiteError, match="no site has an axis of the 8 tokens of 1 besides its channels"):
@@ -465,6 +505,9 @@ def test_a_sample_without_a_token_is_named() -> None:
         with pytest.raises(SampleError, match=r"sample 'b' has no real token: expected 'attention_mask'") as found:
             call(fxpath.Samples(x, ids=["a", "b", "c"]))
         assert found.value.positions == (1,)
+    with pytest.raises(SampleError) as found:  # samples in pieces, too, keep their places
+        fxpath.NeuronIntGrad(steps=1, max_batch=1).scores(traced, x)
+    assert found.value.positions == (1,)
 
 
 # --- jobs and stores --------------------------------------------------------------------------------------------------
