@@ -27,8 +27,8 @@ class Original:
     """What the unrestricted network says of samples.
 
     response, probability, prediction, target `(B,)`; `active` `(B, N)` bool: a > 0 (a channel counts when any of its
-    units does); `packed` `(B, nbytes)`: the same as `Pathways.packed` gives it. probability, prediction and target are
-    None for responses without classes.
+    units does; at padding tokens none is); `packed` `(B, nbytes)`: the same as `Pathways.packed` gives it. probability,
+    prediction and target are None for responses without classes.
     """
 
     response: Tensor

@@ -209,7 +209,7 @@ def _first_fit(job: Job) -> Item | None:
         reason = None if item.problem else misfit(item, job.network)
         if item.problem is None and reason is None:
             try:
-                collate([item], job.network).require_finite()
+                job.network.real(collate([item], job.network).require_finite())
             except SampleError:
                 continue
             return item

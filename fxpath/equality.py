@@ -18,6 +18,7 @@ from .samples import Samples
 if TYPE_CHECKING:
     from .tracing import Traced
 
+_PLAIN = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _ROUNDING = 128  # units in the last place of the largest value: more is another function
 
 
@@ -88,6 +89,11 @@ def _require_steady(model: nn.Module, one: Any, two: Any) -> None:
             f"trace: {type(model).__name__} answers the same input differently each time, even in evaluation mode; "
             "switch off what is random in it (dropout called with training=True, sampling)"
         )
+
+
+def odd_part(output: Any) -> type | None:
+    """The type of the first thing in an output that is neither tensor nor plain value nor container, None for none."""
+    return next((type(leaf) for leaf in pytree.tree_leaves(output) if not isinstance(leaf, _PLAIN)), None)
 
 
 def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> None:

@@ -216,7 +216,8 @@ class Job:
             "place": self.place,
             "outputs": self.outputs,
         }
-        more = {"diagnose": recipe.diagnose, "response_is": identity(self.network.response)}
+        padding = "" if self.network.padding is None else repr(self.network.padding.given)
+        more = {"diagnose": recipe.diagnose, "response_is": identity(self.network.response), "padding": padding}
         record |= {name: value for name, value in more.items() if value}
         data: dict[str, Any] = json.loads(json.dumps(record))  # a tuple becomes a list, as it will when read back
         return data

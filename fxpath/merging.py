@@ -126,7 +126,7 @@ def _survey(path: Path, seen: dict[str, Path]) -> _Survey:
         attribute(file, "complete", int)
         tables = {"active": active_table(file, header.index)}
         count = tables["active"].shape[0]
-        tables |= {f"samples/{name}": table for name, table in sample_tables(file, count).items()}
+        tables |= {f"samples/{name}": table for name, table in sample_tables(file, count, len(header.index)).items()}
         for name in read_text(tables["samples/id"]).tolist():
             if name in seen:
                 raise StoreError(

@@ -238,6 +238,7 @@ class _Filling:
             name: np.full(count, -1, dtype=np.int64) for name in ("target", "prediction", "label_rank")
         } | {name: np.full(count, np.nan, dtype=np.float32) for name in ("response", "probability")}
         self.active = np.zeros((count, self.network.index.nbytes), dtype=np.uint8)
+        self.units = None if network.padding is None else np.zeros((count, len(network.index)), dtype=np.uint32)
         self.tables = {key: _Table(self.network, count) for key, _, _ in self.recipe.columns()}
         self.scores: dict[str, tuple[Array, Array]] = {}
         if self.recipe.scores is not None:
@@ -256,7 +257,9 @@ class _Filling:
         samples = replace(collate(items, network), target=self._target(items)).require_finite()
         original = network.original(samples)
         samples = replace(samples, target=original.target)
-        count = len(good)
+        count, real = len(good), network.real(samples)
+        if real is not None and self.units is not None:
+            self.units[list(good)] = real.units[:count].cpu().numpy()
         self._note_original(original, good)
         diagnosis: Diagnosis | None = None
         for selector in recipe.selectors:
@@ -272,7 +275,8 @@ class _Filling:
             for sparsity in dict.fromkeys((*selection.pathways, *selection.missing)):
                 columns = self.tables[_key(own, sparsity)].columns
                 if sparsity in selection.pathways:
-                    self._note_pathways(columns, samples, original, selection.pathways[sparsity], good, seconds)
+                    pathways = selection.pathways[sparsity].within(real)
+                    self._note_pathways(columns, samples, original, pathways, good, seconds)
                 for name, values in {**diagnostics, **selection.by_sparsity.get(sparsity, {})}.items():
                     self._diagnostic(columns, name, values[:count].cpu().numpy(), good)
                 self._note_missing(columns, selection.reasons(sparsity, samples.batch), good)
@@ -314,12 +318,9 @@ class _Filling:
         rows, count = list(good), len(good)
         outcome = self.network.outcome(samples, pathways, original=original)
         packed = pathways.packed()[:count].cpu().numpy()
-        index = self.network.index
-        kept = index.count_by_site(packed)
         columns["mask"][rows] = packed
-        columns["kept"][rows] = kept
-        units = np.array([site.units // site.neurons for site in index.sites])
-        columns["density"][rows] = (kept * units).sum(axis=1) / index.units
+        columns["kept"][rows] = self.network.index.count_by_site(packed)
+        columns["density"][rows] = _host(pathways.density, count)
         columns["response"][rows] = _host(outcome.response, count)
         columns["probability"][rows] = _host(outcome.probability, count)
         columns["dropped_response"][rows] = _host(outcome.dropped_response, count)
@@ -363,7 +364,7 @@ class _Filling:
         thumbnails = None
         if shape is not None:
             thumbnails = np.stack([np.zeros(shape, dtype=np.uint8) if t is None else t for t in small])
-        return Rows(samples=samples, active=self.active, pathways=pathways, scores=self.scores, thumbnails=thumbnails)
+        return Rows(samples, self.active, pathways, self.scores, thumbnails, self.units)
 
 
 def quantised(signed: Tensor, kind: np.dtype[Any]) -> tuple[Array, Array]:

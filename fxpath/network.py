@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import cached_property, reduce
 from itertools import chain
 from typing import Any, cast
@@ -21,16 +20,19 @@ from .branches import keeping_branches
 from .errors import InputError, ModelError, RestrictionError, SiteError, SmoothSitesWarning
 from .exporting import exported
 from .gates import Gates, Restriction, flat, grouped, unfilled
+from .layout import Layout
 from .measuring import measured
 from .neurons import Granularity, Site
 from .nodes import altered
 from .outcomes import find_original, find_outcome
 from .outputs import mapped
+from .padding import RealNeurons
 from .pathways import Pathways
 from .responses import Hidden, Response, checked_response, logit, resolve_target, respond
 from .rewriting import insert_gates, site_edges
 from .samples import Samples, type_of_target
 from .suffixes import Parts, Suffix
+from .tokens import Padding, find_padding
 from .tracing import Traced, plain_attention, trace_module
 from .truncation import truncated
 
@@ -46,6 +48,7 @@ def trace(
     leaves: Sequence[type[nn.Module]] | type[nn.Module] = (),
     fix_branches: bool = False,
     check: bool = True,
+    padding: str | int | None = None,
 ) -> Network:
     """Trace a model in evaluation mode to a `Network`: a graph with a gate after every activation.
 
@@ -56,6 +59,11 @@ def trace(
     not looked into; a `tracer` of one's own replaces fxpath's. Where the model branches on values, `fix_branches` takes
     the branches that the example takes: other inputs are then checked to take the same, or raise `BranchError`, and a
     restricted network keeps them. The model is neither changed nor copied.
+
+    `padding` names an input `(B, T)`, by place where inputs are no dict, that is not 0 at real tokens. A neuron at a
+    padding token is none of that sample's: no selector takes it, and sparsities count the others. It applies to sites
+    with an axis of the T tokens besides the channels', which is tried; not where tokens are joined with others (a
+    class token in front) or folded.
 
     Raises `ModelError` (training mode, cannot run on x), `TraceError` (no graph equals the model), `SiteError` (no
     activation found).
@@ -74,7 +82,7 @@ def trace(
     traced = trace_module(
         model, samples, tracer=tracer, leaves=leaves, kinds=types, fix_branches=fix_branches, check=check
     )
-    return Network(traced, samples, sites=sites, granularity=granularity, response=explained)
+    return Network(traced, samples, sites=sites, granularity=granularity, response=explained, padding=padding)
 
 
 class Network:
@@ -93,6 +101,7 @@ class Network:
         sites: SiteSpec = "rectifiers",
         granularity: Granularity = "unit",
         response: Response = logit,
+        padding: str | int | None = None,
     ) -> None:
         if granularity not in ("unit", "channel"):
             raise InputError(f"granularity: expected 'unit' or 'channel', found {granularity!r}")
@@ -106,11 +115,7 @@ class Network:
         _warn_of_smooth([site.name for site in chosen if not site.rectifier])
         called = {str(node.target) for node in self._module.graph.nodes if node.op == "call_module"}
         self._called = [part for name in sorted(called) for part in self._module.get_submodule(name).modules()]
-        self._layout = [(tuple(t.shape[1:]), t.dtype) for t in example.tensors]
-        self._constants = example.constants
-        self._keys = sorted(example.kwargs) or len(example.args)
-        self._order = tuple(example.kwargs)
-        self._home = example.device
+        self._layout = Layout.of(example)
         self._restriction: Restriction | None = None
         self._parts: dict[tuple[Any, ...], Parts] = {}
         self._narrowed: dict[int, tuple[fx.GraphModule, fx.Node] | None] = {}
@@ -120,6 +125,7 @@ class Network:
         self.edges = tuple(site_edges(self._module))
         parents = {target for source, target in self.edges if source >= 0}
         self._entries = frozenset(range(len(self.index))) - parents
+        self.padding: Padding | None = None if padding is None else find_padding(self, example, padding)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -135,12 +141,12 @@ class Network:
     def device(self) -> torch.device:
         """Where the model's parameters are; the example, where it has none."""
         tensors = chain(self._module.parameters(), self._module.buffers())
-        return next((tensor.device for tensor in tensors), self._home)
+        return next((tensor.device for tensor in tensors), self._layout.home)
 
     @cached_property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of each input tensor, without the batch axis."""
-        return tuple(shape for shape, _ in self._layout)
+        return tuple(shape for shape, _ in self._layout.tensors)
 
     @property
     def fingerprint(self) -> str:
@@ -174,36 +180,11 @@ class Network:
 
         Tensors made in inference mode are copied, as gradients need.
         """
-        samples = Samples.of(x, target)
-        keys = sorted(samples.kwargs) or len(samples.args)
-        if keys != self._keys:
-            raise InputError(f"network: expected the arguments of the example ({self._keys}), found {keys}")
-        if samples.kwargs:  # in the example's order, so that shapes are compared with their own
-            samples = replace(samples, inputs={name: samples.kwargs[name] for name in self._order})
-        if samples.constants != self._constants:
-            raise InputError(
-                f"network: expected the arguments that are no tensors to be {self._constants}, as in the example, "
-                f"found {samples.constants}; they are part of the graph, so trace again to change them"
-            )
-        if len(samples.tensors) != len(self._layout):
-            raise InputError(
-                f"network: expected {len(self._layout)} tensors, put together as in the example, found "
-                f"{len(samples.tensors)}"
-            )
-        for tensor, (shape, dtype) in zip(samples.tensors, self._layout, strict=True):
-            if tuple(tensor.shape[1:]) != shape:
-                raise InputError(
-                    f"network: expected inputs (B, {', '.join(map(str, shape))}) as in the example it was traced on, "
-                    f"found {tuple(tensor.shape)}; resize them, or trace again with an example of this size"
-                )
-            if tensor.dtype != dtype:
-                raise InputError(f"network: expected inputs of {dtype}, found {tensor.dtype}; convert them with .to()")
-            if tensor.device != self.device:
-                raise InputError(f"network: the model is on {self.device}, the input on {tensor.device}; x.to(device)")
-        if not any(tensor.is_inference() for tensor in samples.tensors):
-            return samples
-        with torch.inference_mode(False):  # a copy made in inference mode would be like the original
-            return samples.map(torch.clone)
+        return self._layout.fit(Samples.of(x, target), self.device)
+
+    def real(self, x: Any) -> RealNeurons | None:
+        """Which neurons are the samples' own, None where no padding was asked for; `SampleError` without a token."""
+        return None if self.padding is None else self.padding.real(self, self.samples(x))
 
     def __call__(self, /, *inputs: Any, **named: Any) -> Any:
         """The model's output, under the restriction that is in force; differentiable in the inputs.
@@ -212,7 +193,7 @@ class Network:
         inputs by place, `network(image, size)`, or, traced on a dict, by name. Raises `InputError` where they do not
         fit.
         """
-        if list(named) == ["x"] != self._keys:  # the one x
+        if list(named) == ["x"] != self._layout.keys:  # the one x
             inputs, named = (*inputs, named["x"]), {}
         if bool(inputs) == bool(named):
             raise InputError(
@@ -273,16 +254,18 @@ class Network:
         return Pass(_detached(output), value.detach(), resolved, [a.detach() for a in seen], slopes)
 
     def signed_products(self, x: Any, target: type_of_target = None) -> tuple[Tensor, Pass]:
-        """a · ∂Φ/∂a of every neuron, `(B, N)`, and the pass it came from."""
+        """a · ∂Φ/∂a of every neuron, `(B, N)`, 0 at padding tokens, and the pass it came from."""
+        real = self.real(x)
         run = self.gradients(x, target)
         batch = run.response.shape[0]
         kind = reduce(torch.promote_types, (value.dtype for value in run.activations))  # autocast mixes them
         products = unfilled((batch, self.index.size), kind, run.activations[0].device)
-        for site, value, slope in zip(self.sites, run.activations, run.gradients, strict=True):
+        for number, (site, value, slope) in enumerate(zip(self.sites, run.activations, run.gradients, strict=True)):
+            own = slope if real is None else real.only(number, slope)
             if site.neurons == site.units:
-                torch.mul(flat(value, site), flat(slope, site), out=products[:, site.slice])
+                torch.mul(flat(value, site), flat(own, site), out=products[:, site.slice])
             else:
-                products[:, site.slice] = grouped(value * slope, site)
+                products[:, site.slice] = grouped(value * own, site)
         return products, run
 
     def rows(self, values: Sequence[Tensor]) -> Tensor:

@@ -174,12 +174,13 @@ class NeuronIndex:
             )
         return found.start + int(np.ravel_multi_index(tuple(coordinates), shape))
 
-    def kept(self, sparsity: float | str) -> int:
+    def kept(self, sparsity: float | str, units: int | None = None) -> int:
         """k = ⌊(1 − κ)·N⌋ in exact decimals, N in scalar units: how many units a pathway of this sparsity may keep.
 
-        Raises `SparsityError` outside [0, 1).
+        `units` takes the place of N: those of a sample that has fewer. Raises `SparsityError` outside [0, 1).
         """
-        return int((1 - Fraction(exact_sparsity(sparsity))) * self.units)  # a Decimal's product would be rounded
+        size = self.units if units is None else units
+        return int((1 - Fraction(exact_sparsity(sparsity))) * size)  # a Decimal's product would be rounded
 
     def pack(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
         """Boolean rows `(…, N)` → packed rows `(…, nbytes)`, little-endian bits, each site from a byte on."""

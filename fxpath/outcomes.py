@@ -24,10 +24,11 @@ def find_original(network: Network, x: Any, target: type_of_target) -> Original:
     if network._restriction is not None:
         raise RestrictionError("original: the network is restricted; leave the with block first")
     samples = network.samples(x, target).require_finite()
+    real = network.real(samples)
     active = torch.empty((samples.batch, network.index.size), dtype=torch.bool, device=network.device)
 
     def note(number: int, value: Tensor) -> None:
-        note_positive(value, network.index.sites[number], active)
+        note_positive(value if real is None else real.only(number, value), network.index.sites[number], active)
 
     with torch.no_grad():
         output = network._run(samples, Gates(network.index, watch=note))
@@ -65,10 +66,11 @@ def find_outcome(
         live[:] = network.index.count_by_site(dead.cpu().numpy())  # bits are few, and NumPy can count them
     suspects = set(np.flatnonzero(live.any(axis=0)).tolist())
     on = torch.zeros_like(original.active) if suspects else original.active
+    real = network.real(samples) if suspects else None
 
     def note(number: int, value: Tensor) -> None:
         if number in suspects:
-            note_positive(value, network.index.sites[number], on)
+            note_positive(value if real is None else real.only(number, value), network.index.sites[number], on)
 
     with torch.no_grad():
         with network.masked(pathways):

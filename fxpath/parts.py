@@ -337,6 +337,8 @@ def _tables(header: Header, rows: Rows, id_length: int | None) -> dict[str, Arra
         tables["samples/thumbnails"] = _converted(
             rows.thumbnails, "samples/thumbnails", "|u1", (count, *height_width, 3)
         )
+    if rows.units is not None:
+        tables["samples/units"] = _converted(rows.units, "samples/units", "<u4", (count, len(index)))
     for key, pathway in rows.pathways.items():
         tables |= _pathway_tables(key, pathway, index, count)
     for family, (signed, scale) in rows.scores.items():

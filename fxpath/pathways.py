@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import InputError, RestrictionError, SampleError, SparsityError
 from .keys import checked_sparsities
 from .neurons import NeuronIndex, Site, select_largest
+from .padding import RealNeurons
 
 _SPREAD = 0x0102040810204080  # times eight 0/1 bytes of an int64 gathers their bits in its highest byte
 
@@ -24,6 +25,7 @@ class Scores:
 
     `signed` is `(B, N)`; `values` ranks: |signed|, or, with `rank` "signed", what of it is above 0. `completeness` is
     `(B, sites)` where the method defines it: |Σ c − (Φ(x) − Φ(a ← 0))|. `key` is the selector's name, for messages.
+    `real` says which neurons are the samples' own where some tokens are padding (`Network.real`); the others score 0.
     """
 
     signed: Tensor
@@ -31,6 +33,7 @@ class Scores:
     completeness: Tensor | None = None
     key: str = "scores"
     rank: str = "absolute"
+    real: RealNeurons | None = None
 
     @property
     def values(self) -> Tensor:
@@ -57,7 +60,10 @@ class Scores:
         return self.signed[:, found.slice].reshape(-1, *_block(self.index, found))
 
     def pathways(self, sparsity: float) -> Pathways:
-        """The pathways of one sparsity κ: the k = ⌊(1 − κ)·N⌋ neurons of a sample with the largest |c|."""
+        """The pathways of one sparsity κ: the k = ⌊(1 − κ)·N⌋ neurons of a sample with the largest |c|.
+
+        With padding N is the number of the sample's own neurons.
+        """
         return self.threshold([sparsity])[0]
 
     def threshold(self, sparsities: Sequence[float]) -> list[Pathways]:
@@ -66,18 +72,22 @@ class Scores:
         Network-wide, per sample; ties at the threshold go to the smaller neuron index; a neuron with c = 0 is never
         kept, so a pathway may be smaller than asked (`density` tells). Raises `SparsityError` outside [0, 1).
         """
-        counts = [self.index.kept(sparsity) for sparsity in checked_sparsities(sparsities)]
+        levels = checked_sparsities(sparsities)
         self.require_finite()
         if self.signed.device.type == "cpu" or self.index.granularity == "channel":
-            masks = self._threshold_on_host(counts)
+            masks = self._threshold_on_host(levels)
+        elif self.real is None:
+            masks = self._threshold_on_device([self.index.kept(level) for level in levels])
         else:
-            masks = self._threshold_on_device(counts)
-        return [Pathways(mask, self.index) for mask in masks]
+            masks = self._threshold_singly([self.real.kept(level) for level in levels])
+        return [Pathways(mask, self.index, self.real) for mask in masks]
 
-    def _threshold_on_host(self, counts: Sequence[int]) -> Tensor:
-        """`(len(counts), B, N)` by exact selection, a small part of the time of a sort."""
-        weights = self.index.weights if self.index.granularity == "channel" else None
-        masks = np.empty((len(counts), *self.signed.shape), dtype=np.bool_)
+    def _threshold_on_host(self, levels: Sequence[float]) -> Tensor:
+        """`(len(levels), B, N)` by exact selection, a small part of the time of a sort."""
+        real, by_channel = self.real, self.index.granularity == "channel"
+        whole = self.index.weights if by_channel and real is None else None
+        kept = [[self.index.kept(level)] * len(self.signed) if real is None else real.kept(level) for level in levels]
+        masks = np.empty((len(levels), *self.signed.shape), dtype=np.bool_)
         signed = self.signed.detach().cpu()
         # NumPy has no bfloat16 and is slow with float16; float32 holds both as they are
         values = (signed.float() if signed.element_size() < 4 else signed).numpy()
@@ -87,10 +97,17 @@ class Scores:
             sizes = np.empty_like(values[0])  # for all rows: the system is slow to hand out fresh memory
             for row in rows:
                 ordered = np.abs(values[row], out=sizes) if absolute else np.maximum(values[row], 0, out=sizes)
-                select_largest(ordered, counts, weights, out=masks[:, row])
+                weights = real.weights(row) if by_channel and real is not None else whole
+                select_largest(ordered, [counts[row] for counts in kept], weights, out=masks[:, row])
 
         by_thread(select, len(values))
         return torch.from_numpy(masks).to(self.signed.device)
+
+    def _threshold_singly(self, kept: Sequence[Sequence[int]]) -> Tensor:
+        """As `_threshold_on_device`, where every sample has its own k: `kept` has a list of them for each sparsity."""
+        singly = [replace(self, signed=row.unsqueeze(0), real=None) for row in self.signed]
+        masks = [one._threshold_on_device([counts[row] for counts in kept]) for row, one in enumerate(singly)]
+        return torch.cat(masks, dim=1)
 
     def _threshold_on_device(self, counts: Sequence[int]) -> Tensor:
         values = self.values
@@ -121,6 +138,8 @@ def _block(index: NeuronIndex, site: Site) -> tuple[int, ...]:
 class Pathways:
     """One pathway per sample: `mask` is `(B, N)` bool, True where the neuron is kept.
 
+    `real` says which neurons are the samples' own where some tokens are padding (`Network.real`); None: all are.
+
     >>> index = NeuronIndex.build([("relu", "relu", (4,))])
     >>> a = Pathways(torch.tensor([[True, True, False, False]]), index)
     >>> b = Pathways(torch.tensor([[True, False, True, False]]), index)
@@ -130,12 +149,18 @@ class Pathways:
 
     mask: Tensor
     index: NeuronIndex
+    real: RealNeurons | None = None
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool or self.mask.ndim != 2 or self.mask.shape[1] != self.index.size:
             raise InputError(
                 f"pathways: expected a bool mask (B, {self.index.size}), found {self.mask.dtype} "
                 f"{tuple(self.mask.shape)}"
+            )
+        if self.real is not None and (self.real.batch, self.real.index) != (self.batch, self.index):
+            raise InputError(
+                f"pathways: expected what is real of {self.batch} samples and the same index, found it of "
+                f"{self.real.batch} and {self.real.index!r}; take network.real(x) of these samples"
             )
 
     @property
@@ -147,13 +172,17 @@ class Pathways:
     def count(self) -> Tensor:
         """|e|₀, `(B,)` int64: neurons kept; at channel granularity the scalar units of the kept channels."""
         if self.index.granularity == "channel":
+            if self.real is not None:
+                return self.real.count(self.mask)
             weights = torch.as_tensor(self.index.weights, device=self.mask.device)
             return (self.mask * weights).sum(dim=1)
         return self.mask.sum(dim=1)
 
     @property
     def density(self) -> Tensor:
-        """Achieved density |e|₀ / N, `(B,)` float64."""
+        """Achieved density |e|₀ / N, `(B,)` float64; with padding N is the number of the sample's own neurons."""
+        if self.real is not None:
+            return self.count.to(torch.float64) / self.real.units.sum(dim=1)
         return self.count.to(torch.float64) / max(self.index.units, 1)
 
     def site(self, site: str | int | Site) -> Tensor:
@@ -167,7 +196,14 @@ class Pathways:
 
     def take(self, rows: Sequence[int]) -> Pathways:
         """The pathways of some samples."""
-        return Pathways(self.mask[torch.as_tensor(rows, device=self.mask.device, dtype=torch.long)], self.index)
+        mask = self.mask[torch.as_tensor(rows, device=self.mask.device, dtype=torch.long)]
+        return Pathways(mask, self.index, None if self.real is None else self.real.take(rows))
+
+    def within(self, real: RealNeurons | None) -> Pathways:
+        """These pathways without what is not real, where that has not been looked at."""
+        if real is None or self.real is not None:
+            return self
+        return Pathways(self.mask & real.mask, self.index, real)
 
     def packed(self) -> Tensor:
         """Bits, `(B, nbytes)` uint8 on the mask's device: little-endian, each site from a byte on."""
@@ -191,17 +227,21 @@ class Pathways:
             raise RestrictionError(f"pathways: expected equal batches, found {self.batch} and {other.batch}")
         return other.mask
 
+    def _joined(self, mask: Tensor, other: Pathways) -> Pathways:
+        own = (each.real for each in (self, other) if each.batch == len(mask) and each.real is not None)
+        return Pathways(mask, self.index, next(own, None))
+
     def __and__(self, other: Pathways) -> Pathways:
-        return Pathways(self.mask & self._with(other), self.index)
+        return self._joined(self.mask & self._with(other), other)
 
     def __or__(self, other: Pathways) -> Pathways:
-        return Pathways(self.mask | self._with(other), self.index)
+        return self._joined(self.mask | self._with(other), other)
 
     def __invert__(self) -> Pathways:
-        return Pathways(~self.mask, self.index)
+        return Pathways(~self.mask if self.real is None else ~self.mask & self.real.mask, self.index, self.real)
 
     def __sub__(self, other: Pathways) -> Pathways:
-        return Pathways(self.mask & ~self._with(other), self.index)
+        return self._joined(self.mask & ~self._with(other), other)
 
     def jaccard(self, other: Pathways) -> Tensor:
         """|A∧B| / |A∨B| per sample, `(B,)` float64; NaN where both are empty."""

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from types import FrameType
 
 import torch
@@ -58,8 +59,15 @@ def described(name: str, error: Exception) -> str:
     return f"{name}: {short(error)}" + (f"\n    at {line}" if line else "")
 
 
-def why_untraceable(model: nn.Module, attempts: Sequence[str], *, leaves: bool, fixed: bool) -> str:
-    """The whole message: every attempt, and what to do."""
+def why_untraceable(model: nn.Module, attempts: Sequence[str], odd: type | None, *, leaves: bool, fixed: bool) -> str:
+    """The whole message: every attempt, and what to do. `odd` is a type in the output that torch cannot take apart."""
+    if odd is not None:
+        own = f"torch.export.register_dataclass({odd.__name__})" if is_dataclass(odd) else "leave it out in forward"
+        return (
+            f"trace: the output of {type(model).__name__} holds a {odd.__name__}, expected tensors, plain values and "
+            "containers that torch.utils._pytree knows. A model of transformers leaves its cache out with "
+            f"'use_cache': False in the example; for a type of your own: {own}"
+        )
     said = [f"trace: no graph equals {type(model).__name__}.", *(f"  {attempt}" for attempt in attempts)]
     text = "\n".join(attempts)
     if "another gradient" in text:

@@ -18,7 +18,7 @@ except ImportError:  # only POSIX has it; elsewhere nothing keeps two processes 
     fcntl = None  # type: ignore[assignment]
 
 _RECORD = "job.json"
-_UNSAID: dict[str, Any] = {"diagnose": 0, "response_is": ""}  # what a record that does not name it has
+_UNSAID: dict[str, Any] = {"diagnose": 0, "response_is": "", "padding": ""}  # what a record that does not name it has
 
 
 def parts_folder(path: Path) -> Path:

@@ -134,7 +134,8 @@ class Rows:
 
     `samples` holds the columns of `SAMPLE_COLUMNS`, each `(n,)`; "prediction" and "label_rank" may be left out.
     `active` `(n, nbytes)` uint8 is the original activation pattern. `scores` maps a family to signed values `(n, N)`
-    float16 or float32 and a scale `(n,)`; a score is their product. `thumbnails` `(n, h, w, 3)` uint8.
+    float16 or float32 and a scale `(n,)`; a score is their product. `thumbnails` `(n, h, w, 3)` uint8. `units`
+    `(n, sites)`: the scalar units of each site that are a sample's own, where padding tokens are excluded.
     """
 
     samples: Mapping[str, Any]
@@ -142,6 +143,7 @@ class Rows:
     pathways: Mapping[str, PathwayRows] = field(default_factory=dict)
     scores: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
     thumbnails: npt.NDArray[np.uint8] | None = None
+    units: npt.NDArray[np.integer[Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.active)
@@ -296,12 +298,14 @@ def active_table(file: h5py.File, index: NeuronIndex) -> h5py.Dataset:
     return table(file, "active", "|u1", (None, index.nbytes))
 
 
-def sample_tables(file: h5py.File, count: int) -> dict[str, h5py.Dataset]:
-    """The tables of /samples by column name, "thumbnails" only where there are any."""
+def sample_tables(file: h5py.File, count: int, sites: int) -> dict[str, h5py.Dataset]:
+    """The tables of /samples by column name, "thumbnails" and "units" only where there are any."""
     group = member(file, "samples", h5py.Group)
     tables = {name: table(group, name, dtype, (count,)) for name, dtype in SAMPLE_COLUMNS.items()}
     if holds(group, "thumbnails"):
         tables["thumbnails"] = table(group, "thumbnails", "|u1", (count, None, None, 3))
+    if holds(group, "units"):
+        tables["units"] = table(group, "units", "<u4", (count, sites))
     return tables
 
 

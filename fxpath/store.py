@@ -126,7 +126,7 @@ class Store:
 
     @cached_property
     def _samples(self) -> dict[str, h5py.Dataset]:
-        return sample_tables(self._opened(), self._count)
+        return sample_tables(self._opened(), self._count, len(self.index))
 
     @cached_property
     def ids(self) -> npt.NDArray[np.str_]:
@@ -171,6 +171,21 @@ class Store:
         row = self.row(sample)
         pictures = self._samples.get("thumbnails")
         return None if pictures is None else self._column(pictures, slice(row, row + 1))[0]
+
+    def units(self, rows: slice | None = None) -> npt.NDArray[np.int64]:
+        """Scalar units of each site that are a sample's own, `(m, sites)`: all, unless padding tokens are excluded."""
+        wanted = self._slice(rows)
+        if "units" in self._samples:
+            found: npt.NDArray[np.int64] = self._column(self._samples["units"], wanted).astype(np.int64)
+            return found
+        return np.tile([site.units for site in self.index.sites], (wanted.stop - wanted.start, 1))
+
+    def neurons(self, rows: slice | None = None) -> npt.NDArray[np.int64]:
+        """Neurons of each site that are a sample's own, `(m, sites)`; every channel is."""
+        units = self.units(rows)
+        if self.index.granularity == "unit":
+            return units
+        return np.tile([site.neurons for site in self.index.sites], (len(units), 1))
 
     # ----------------------------------------------------------------------------------------------- pathways
 
@@ -255,14 +270,20 @@ class Store:
     def cut(self, family: str, sparsity: float | str, sample: int | str) -> npt.NDArray[np.bool_]:
         """The pathway `(N,)` of any sparsity out of stored scores: the ⌊(1 − κ)·N⌋ largest |score|, none that is 0.
 
-        Scores stored as float16 round near-ties together, which then go to the smaller index. A sample without
-        scores (NaN) has an empty pathway. Raises `SparsityError` outside [0, 1).
+        N counts the sample's own neurons, as `units` does. Scores stored as float16 round near-ties together, which
+        then go to the smaller index. A sample without scores (NaN) has an empty pathway. Raises `SparsityError` outside
+        [0, 1).
         """
-        kept = self.index.kept(sparsity)
+        row = self.row(sample)
+        units = self.units(slice(row, row + 1))[0]
+        kept = self.index.kept(sparsity, int(units.sum()))
         signed = self.scores(family, sample)
         by_sign = PathwayKey.parse(family).parameters.get("rank") == "signed"
         size = np.nan_to_num(np.maximum(signed, 0) if by_sign else np.abs(signed), copy=False)
-        weights = self.index.weights if self.index.granularity == "channel" else None
+        weights = None
+        if self.index.granularity == "channel":
+            counts = np.array([site.neurons for site in self.index.sites])
+            weights = np.repeat(units // np.maximum(counts, 1), counts)
         masks: npt.NDArray[np.bool_] = select_largest(size, [kept], weights)
         return masks.reshape(-1)
 

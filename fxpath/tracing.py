@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .branches import BranchTracer
-from .equality import answer
+from .equality import answer, odd_part
 from .equality import check as check_equal
 from .errors import InputError, ModelError, TraceError, TraceWarning
 from .inplace import AliasError, remove_in_place
@@ -29,6 +29,7 @@ from .refusals import parameters_of, require_any_batch, require_arguments, requi
 from .samples import Samples
 from .surroundings import plain_attention, put_back, quietly
 from .tracers import PathTracer, stop_gradients
+from .trials import unless_it_fails
 
 TracerName = Literal["symbolic_trace", "torch.export"]
 
@@ -105,7 +106,8 @@ def trace_module(
                     first = first or error
                     attempts.append(described(name, error))
             else:
-                said = why_untraceable(model, attempts, leaves=bool(leaves or kinds), fixed=fix_branches)
+                odd = odd_part(expected if check else unless_it_fails(lambda: answer(model, example)))
+                said = why_untraceable(model, attempts, odd, leaves=bool(leaves or kinds), fixed=fix_branches)
                 raise TraceError(said) from first
     finally:
         first = None  # its traceback holds this frame: a cycle that would keep the example alive

@@ -43,7 +43,8 @@ def dead_share(
     neurons / neurons); `low` and `high`, the bootstrap 95 % interval of a network row's dead share. `null_mean` and
     `null_sd` are mean and standard deviation of the mean dead share of random neurons, as many of each site as the
     pathway has, and `z` = (mean dead share − null_mean) / null_sd; of RandomActive neurons none is dead. Kept, density
-    and base rate are over all samples with this pathway, empty ones too. Memory does not grow with samples.
+    and base rate are over all samples with this pathway, empty ones too; where padding tokens are excluded they are
+    shares of the sample's own neurons, while the column neurons counts all. Memory does not grow with samples.
 
     Raises `StoreError` for an unknown key, for a store without a sample that is ok, and where `live` counts more
     neurons than are dead.
@@ -132,13 +133,14 @@ def _measured(
 ) -> Iterator[tuple[str, npt.NDArray[np.int64], dict[str, Floats]]]:
     """Key, rows of its usable samples `(m,)` and arrays `(m, 1 + sites)`, block after block."""
     index = store.index
-    of_site = np.array([[site.neurons for site in index.sites]], dtype=np.float64)
-    neurons = with_network(of_site)
     for rows, ok in blocks(store, "dead share", block_bytes=block_bytes, progress=progress):
+        all_of_site = store.neurons(rows).astype(np.float64)
         active = store.active(rows)
-        dead_at_all = neurons - with_network(index.count_by_site(active))
+        dead_at_all = with_network(all_of_site) - with_network(index.count_by_site(active))
         for key in keys:
             use = ok & reached(store, key, rows)
+            of_site = all_of_site[use]
+            neurons = with_network(of_site)
             mask = store.packed(key, rows)
             kept = with_network(index.count_by_site(mask)[use])
             dead = kept - with_network(index.count_by_site(mask & active)[use])

@@ -170,10 +170,9 @@ def _measured(
     """Pair, rows of its usable samples `(m,)` and arrays `(m, 1 + sites)`, block after block."""
     index = store.index
     keys = list(dict.fromkeys(key for pair in pairs for key in pair))
-    neurons = with_network(np.array([[site.neurons for site in index.sites]]))
     each = max(block_bytes // len(keys), min(block_bytes, 1))  # one sample at least, and 0 is refused
     for rows, ok in blocks(store, "overlap", block_bytes=each, progress=progress):
-        active = index.count_by_site(store.active(rows))
+        active, of_site = index.count_by_site(store.active(rows)), store.neurons(rows)
         masks = {key: store.packed(key, rows) for key in keys}
         counts = {key: index.count_by_site(mask) for key, mask in masks.items()}
         usable = {key: ok & reached(store, key, rows) for key in keys}
@@ -181,7 +180,7 @@ def _measured(
             one, two = pair
             use = usable[one] & usable[two]
             shared = with_network(index.count_by_site(masks[one] & masks[two])[use])
-            a, b = with_network(counts[one][use]), with_network(counts[two][use])
+            a, b, neurons = (with_network(each[use]) for each in (counts[one], counts[two], of_site))
             jaccard = share(shared, a + b - shared)
             null, short = _null(counts[one][use], counts[two][use], active[use])
             both = ~np.isnan(jaccard) & ~np.isnan(null.mean)

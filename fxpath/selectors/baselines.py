@@ -13,6 +13,7 @@ import torch
 
 from ..keys import checked_sparsities, exact_sparsity
 from ..neurons import NeuronIndex, select_largest
+from ..padding import RealNeurons
 from ..pathways import Pathways, Scores, Selection, by_thread
 from ..samples import Samples, type_of_id, type_of_target
 from .contribution import ByScore
@@ -31,7 +32,10 @@ class Magnitude(ByScore):
 
     def scores(self, network: Network, samples: Any, target: type_of_target = None) -> Scores:  # noqa: ARG002
         """Activations `(B, N)`; summed over a channel at channel granularity."""
-        return Scores(network.rows(network.activations(samples)), network.index, key=self.key)
+        real, values = network.real(samples), network.activations(samples)
+        if real is not None:
+            values = [real.only(number, value) for number, value in enumerate(values)]
+        return Scores(network.rows(values), network.index, key=self.key, real=real)
 
 
 @register
@@ -43,13 +47,23 @@ class Active:
     single: ClassVar[bool] = True
 
     def select(self, network: Network, samples: Any, sparsities: Sequence[float] = ()) -> Selection:  # noqa: ARG002
-        return Selection({None: Pathways(network.original(samples).active, network.index)})
+        return Selection({None: Pathways(network.original(samples).active, network.index, network.real(samples))})
 
 
 def generator_of(seed: int, name: type_of_id) -> np.random.Generator:
     """A random stream of its own for each (seed, sample id), the same on every machine and device."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+
+
+def draw_for(generator: np.random.Generator, draws: np.ndarray[Any, np.dtype[Any]], real: RealNeurons | None) -> None:
+    """Fill `draws` `(N,)` with U[0, 1), and with 1 where a neuron is not real: the stream passes over it."""
+    if real is None:
+        generator.random(dtype=draws.dtype, out=draws)
+    else:
+        own = real.mask[0].cpu().numpy()
+        draws.fill(1)
+        draws[own] = generator.random(np.count_nonzero(own), dtype=draws.dtype)
 
 
 @register
@@ -69,17 +83,18 @@ class Random:
 
     def select(self, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
         sparsities = checked_sparsities(sparsities)
-        named = Samples.of(samples)
+        named, real = Samples.of(samples), network.real(samples)
         masks = np.empty((len(sparsities), len(named.names), network.index.size), dtype=np.bool_)
 
         def draw(rows: range) -> None:
             draws = np.empty(network.index.size, dtype=np.float32)
             for row in rows:
-                self._draw(network.index, named.names[row], sparsities, draws, masks[:, row])
+                own = None if real is None else real.take([row])
+                self._draw(network.index, named.names[row], sparsities, draws, masks[:, row], own)
 
         by_thread(draw, len(named.names))
         on_device = torch.from_numpy(masks).to(named.device)
-        return Selection({s: Pathways(m, network.index) for s, m in zip(sparsities, on_device, strict=True)})
+        return Selection({s: Pathways(m, network.index, real) for s, m in zip(sparsities, on_device, strict=True)})
 
     def masks(
         self, index: NeuronIndex, name: type_of_id, sparsities: Sequence[float]
@@ -96,13 +111,18 @@ class Random:
         sparsities: Sequence[float],
         draws: np.ndarray[Any, np.dtype[np.float32]],
         masks: np.ndarray[Any, np.dtype[np.bool_]],
+        real: RealNeurons | None = None,
     ) -> None:
-        generator_of(self.seed, name).random(dtype=np.float32, out=draws)
+        draw_for(generator_of(self.seed, name), draws, real)
         np.subtract(np.float32(1), draws, out=draws)  # in (0, 1]: every neuron can be taken
         if not self.per_layer:
-            weights = index.weights if index.granularity == "channel" else None
-            select_largest(draws, [index.kept(s) for s in sparsities], weights, out=masks)
+            weights = None
+            if index.granularity == "channel":
+                weights = index.weights if real is None else real.weights(0)
+            kept = [index.kept(s) if real is None else real.kept(s)[0] for s in sparsities]
+            select_largest(draws, kept, weights, out=masks)
             return
-        for site in index.sites:
-            counts = [int((1 - Fraction(exact_sparsity(sparsity))) * site.neurons) for sparsity in sparsities]
+        sizes = [site.neurons for site in index.sites] if real is None else real.neurons[0].tolist()
+        for site, size in zip(index.sites, sizes, strict=True):
+            counts = [int((1 - Fraction(exact_sparsity(sparsity))) * size) for sparsity in sparsities]
             select_largest(draws[site.slice], counts, out=masks[:, site.slice])

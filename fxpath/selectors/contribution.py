@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -35,7 +35,9 @@ class ByScore:
 
     def select(self: Scorer, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
         sparsities = checked_sparsities(sparsities)  # before the work, not after
-        scores = self.scores(network, samples)
+        scores, real = self.scores(network, samples), network.real(samples)
+        if real is not None and scores.real is None:  # of a selector that knows nothing of padding
+            scores = replace(scores, signed=scores.signed.masked_fill(~real.mask, 0), real=real)
         found = scores.threshold(sparsities)
         diagnostics = _completeness(scores)
         warn_of_empty(scores, samples, found)
@@ -81,4 +83,4 @@ class NeuronMCT(ByScore):
     def scores(self, network: Network, samples: Any, target: type_of_target = None) -> Scores:
         """Signed contributions `(B, N)`, in units of the response."""
         products, _ = network.signed_products(samples, target)
-        return Scores(products, network.index, key=self.key)
+        return Scores(products, network.index, key=self.key, real=network.real(samples))

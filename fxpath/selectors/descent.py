@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..gates import Gates, Restriction
 from ..neurons import NeuronIndex, Site
+from ..padding import RealNeurons
 from ..progress import bar
 from ..responses import respond
 from .ground import Ground
@@ -167,11 +168,12 @@ def descend(
     start: Tensor,
     reference: Reference,
     schedule: Schedule,
+    real: RealNeurons | None = None,
 ) -> Descent:
     """Minimise divergence + γΣλ over the gates of `index`, each sample's on its own, from `start` `(B, G)`.
 
     n iterations are n steps; the gates before the first and after each are evaluated, n + 1 iterates. Of those that
-    keep the class the first of the lowest total loss is kept.
+    keep the class the first of the lowest total loss is kept. Gates that are not `real` start at 0 and stay there.
     """
     batch = ground.samples.batch
     with torch.inference_mode(False), torch.enable_grad():
@@ -190,6 +192,8 @@ def descend(
             slopes: Sequence[Tensor | None] = [None] * len(state.gates)
             if divergence.requires_grad:
                 slopes = torch.autograd.grad(divergence.sum(), state.gates, allow_unused=True)
+                if real is not None and index.granularity == "unit":
+                    slopes = [s if s is None else real.only(number, s) for number, s in enumerate(slopes)]
             with torch.no_grad():
                 now, l1 = divergence.detach().to(torch.float64), schedule.gamma * state.total()
                 alive &= torch.isfinite(now + l1)

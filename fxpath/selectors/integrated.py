@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError, NoContributionWarning, SiteError, unknown
 from ..gates import flat, grouped, unfilled
+from ..padding import RealNeurons
 from ..pathways import Scores
 from ..progress import bar
 from ..responses import respond
@@ -91,15 +92,19 @@ class NeuronIntGrad(ByScore):
         with `NoContributionWarning` of sites that do not lead to the response.
         """
         samples = network.samples(samples, target).require_finite()
-        chosen = self._chosen(network.index)
+        chosen, real = self._chosen(network.index), network.real(samples)
         room = self._rows(network, samples, chosen)
         rows = next(rows for rows in range(min(room, samples.batch), 0, -1) if samples.batch % rows == 0)
         pieces = [list(range(samples.batch))[first : first + rows] for first in range(0, samples.batch, rows)]
-        parts = [self._of_some(network, samples.take(piece), chosen, room // rows) for piece in pieces]
+        parts = [
+            self._of_some(network, samples.take(piece), chosen, room // rows, real and real.take(piece))
+            for piece in pieces
+        ]
         if len(parts) == 1:
             return parts[0]
         errors = torch.cat([part.completeness for part in parts if part.completeness is not None])
-        return Scores(torch.cat([part.signed for part in parts]), network.index, errors, self.key, self.rank)
+        signed = torch.cat([part.signed for part in parts])
+        return Scores(signed, network.index, errors, self.key, self.rank, real)
 
     def _rows(self, network: Network, samples: Samples, chosen: list[int]) -> int:
         """How many rows fit the memory behind the site that needs the most."""
@@ -128,7 +133,9 @@ class NeuronIntGrad(ByScore):
             found.update(matching)
         return sorted(found)
 
-    def _of_some(self, network: Network, samples: Samples, chosen: list[int], copies: int) -> Scores:
+    def _of_some(
+        self, network: Network, samples: Samples, chosen: list[int], copies: int, real: RealNeurons | None
+    ) -> Scores:
         """Scores of samples that are run at once, in so many copies."""
         output, target, classes = resolved(network, samples)
         whole = respond(network.response, output, target, samples.batch).double()
@@ -152,7 +159,7 @@ class NeuronIntGrad(ByScore):
                 if not runs.reaches:
                     silent.append(site.name)
                 signed = signed.to(torch.promote_types(signed.dtype, products.dtype))
-                signed[:, site.slice] = grouped(products, site)
+                signed[:, site.slice] = grouped(products if real is None else real.only(number, products), site)
                 rest = runs.responses(torch.zeros_like(runs.activation))[0].double()
                 total = flat(products, site).sum(dim=1, dtype=torch.float64)
                 errors[:, number] = (total - (whole - rest)).abs()
@@ -164,4 +171,4 @@ class NeuronIntGrad(ByScore):
                 stacklevel=3,
             )
         assert signed is not None
-        return Scores(signed, network.index, errors, self.key, self.rank)
+        return Scores(signed, network.index, errors, self.key, self.rank, real)

@@ -54,6 +54,8 @@ class GreedyPruning:
     with them, which takes a fifth less time. As last bits differ, a state at which |e| ≤ k there is run once more in
     the memory format of the input, and taken if |e| ≤ k there too: its e, |e| and Φ are what `network.masked` gives.
 
+    With padding N is the number of the sample's own neurons, and a descent starts from these: the others are masked.
+
     Diagnostics: of the first W = min(⌈1/share⌉ + 1, 1001) states, `(B, W)`, NaN or −1 after the last one, `responses`
     Φ(x; m ⊙ a), `same_class` (int8: the argmax is the original's; −1 where there are no classes), `effective` |e|/N
     and `remaining` |m|/N; `iterations` `(B,)` int32, how often neurons were removed; `exhausted` `(B,)` bool, whether
@@ -134,6 +136,7 @@ class Descent:
         self.target = original.target
         self.samples = self.given = replace(network.samples(samples), target=self.target)
         self.prediction = original.prediction
+        self.real = network.real(self.given)
         self.weights = index.weights if index.granularity == "channel" else None
         self.on_host = self._selects_on_host()
         self.order: MemoryOrder | None = None  # of the places that rows on the host have; None: that of the index
@@ -141,15 +144,19 @@ class Descent:
         if self.on_host and self.weights is None:
             ground = Ground.of(network, self.given)
             self.samples, self.moved, self.order = ground.samples, ground.moved, MemoryOrder(index, ground.layouts)
-        self.kept = [index.kept(sparsity) for sparsity in sparsities]
-        self.count = math.ceil(Fraction(exact_sparsity(share)) * index.units)
         batch = self.samples.batch
+        self.sizes = [index.units] * batch if self.real is None else self.real.sizes  # N of each sample
+        self.kept = [[index.kept(sparsity, size) for size in self.sizes] for sparsity in sparsities]
+        self.count = [math.ceil(Fraction(exact_sparsity(share)) * size) for size in self.sizes]
         shape = (len(sparsities), batch, index.size)
         self.active: Any = original.active.cpu().numpy() if self.on_host else original.active
         self.masks: Any = np.zeros(shape, dtype=np.bool_) if self.on_host else original.active.new_zeros(shape)
         self.gates = unfilled((batch, index.size), torch.float32, network.device).fill_(1)
         plain = [self.gates[:, site.slice].view(-1, *site.gate_shape) for site in index.sites]
         by_site = plain if self.order is None else self.order.sites(self.gates)
+        if self.real is not None and self.weights is None:
+            for number, gates in enumerate(by_site):
+                gates.copy_(self.real.only(number, gates))
         self.restriction = Restriction(by_site, [None] * len(by_site))
         self.live = np.empty((batch if self.on_host else 0, index.size), dtype=np.bool_)  # a ≠ 0 of the last state
         self.scan: Scan | None = None
@@ -158,7 +165,7 @@ class Descent:
         self.state = -1
         self.running = list(range(batch))
         self.stopped: dict[int, str] = {}
-        self.remaining, self.effective = np.full((2, batch), index.units)  # |m| and |e| of the last state
+        self.remaining, self.effective = np.tile(self.sizes, (2, 1))  # |m| and |e| of the last state
         self.longest = math.ceil(1 / Fraction(exact_sparsity(share))) + 1
         width = min(self.longest, _LONGEST)
         self.series = {name: np.full((batch, width), np.nan) for name in ("responses", "effective", "remaining")}
@@ -198,19 +205,22 @@ class Descent:
             self._note_answers(run.output, run.response, self.running)
             if self.order is not None:
                 return self._seen_on_host(run, self.order)
-        live = [grouped(value != 0, site) > 0 for site, value in zip(self.index, run.activations, strict=True)]
+        nonzero = [value != 0 for value in run.activations]
+        if self.real is not None:
+            nonzero = [self.real.only(number, value) for number, value in enumerate(nonzero)]
+        live = [grouped(value, site) > 0 for site, value in zip(self.index, nonzero, strict=True)]
         scores, effective = products.abs_(), torch.cat(live, dim=1)
-        return {row: self._seen(scores[row], effective[row]) for row in self.running}
+        return {row: self._seen(row, scores[row], effective[row]) for row in self.running}
 
-    def _seen(self, scores: Tensor, live: Tensor) -> _Seen:
+    def _seen(self, row: int, scores: Tensor, live: Tensor) -> _Seen:
         """A sample's scores |s| and a ≠ 0, `(N,)`, on any device and at any granularity."""
         finite = bool(scores.isfinite().all())
         if self.weights is None:
-            size, few = int(live.count_nonzero()), _prune_on_device(scores, self.count)
+            size, few = int(live.count_nonzero()), _prune_on_device(scores, self.count[row])
             return _Seen(finite, size, few, lambda: live, partial(torch.gt, scores, 0))
         effective, own = live.cpu().numpy(), _array(scores.cpu())
-        channels = prune_channels(own, self.count, self.weights)
-        return _Seen(finite, self._units(effective), channels, lambda: effective, partial(np.greater, own, 0))
+        channels = prune_channels(own, self.count[row], self._weights(row))
+        return _Seen(finite, self._units(row, effective), channels, lambda: effective, partial(np.greater, own, 0))
 
     def _require_finite(self) -> None:
         """Raise `SampleError` where the first state, the whole network, has scores that are no numbers."""
@@ -233,7 +243,7 @@ class Descent:
         found = {}
         for row in self.running:
             own, ways, live = [value[row] for value in values], [slope[row] for slope in slopes], self.live[row]
-            chosen, self.largest[row] = self.scan.smallest(own, ways, self.count, live, self.largest.get(row))
+            chosen, self.largest[row] = self.scan.smallest(own, ways, self.count[row], live, self.largest.get(row))
             found[row] = _Seen(
                 self.scan.finite,
                 int(np.count_nonzero(live)),
@@ -271,7 +281,7 @@ class Descent:
 
     def _reached(self, row: int, size: int) -> list[int]:
         """Places of the sparsities that a sample reaches now."""
-        return [place for place, kept in enumerate(self.kept) if size <= kept and self.iteration[place, row] < 0]
+        return [place for place, kept in enumerate(self.kept) if size <= kept[row] and self.iteration[place, row] < 0]
 
     def _advance(self, row: int, seen: _Seen) -> None:
         """Note what a sample's state is, then remove the chosen neurons or stop."""
@@ -280,8 +290,8 @@ class Descent:
             return
         self.effective[row] = seen.size
         if self.state < self.same_class.shape[1]:
-            self.series["effective"][row, self.state] = seen.size / self.index.units
-            self.series["remaining"][row, self.state] = self.remaining[row] / self.index.units
+            self.series["effective"][row, self.state] = seen.size / self.sizes[row]
+            self.series["remaining"][row, self.state] = self.remaining[row] / self.sizes[row]
         for place in self._reached(row, seen.size):
             self._note_reached(place, row, seen.effective(), seen.scored())
         if bool((self.iteration[:, row] >= 0).all()):
@@ -293,7 +303,7 @@ class Descent:
             self.iterations[row] += 1
 
     def _remove(self, row: int, chosen: Any) -> None:
-        self.remaining[row] -= len(chosen) if self.weights is None else self.weights[chosen].sum()
+        self.remaining[row] -= len(chosen) if self.weights is None else self._weights(row)[chosen].sum()
         if self.gates.device.type == "cpu":
             self.gates[row].numpy()[chosen] = 0
         else:
@@ -302,16 +312,20 @@ class Descent:
     def _note_reached(self, place: int, row: int, effective: Any, scored: Any) -> None:
         self.masks[place, row] = effective
         self.iteration[place, row] = self.state
-        self.shares["mask_density"][place, row] = self.remaining[row] / self.index.units
-        self.shares["scored"][place, row] = self._units(scored) / self.index.units
+        self.shares["mask_density"][place, row] = self.remaining[row] / self.sizes[row]
+        self.shares["scored"][place, row] = self._units(row, scored) / self.sizes[row]
         for name, neurons in (("dead_share", effective), ("dead_share_scored", scored)):
             if count := int(neurons.sum()):
                 self.shares[name][place, row] = int((neurons & ~self.active[row]).sum()) / count
 
-    def _units(self, neurons: Any) -> int:
-        """How many scalar units a bool row stands for."""
+    def _weights(self, row: int) -> Any:
+        """How many units of a sample each channel stands for."""
+        return self.weights if self.real is None else self.real.weights(row)
+
+    def _units(self, row: int, neurons: Any) -> int:
+        """How many scalar units a bool row of a sample stands for."""
         if self.weights is not None:
-            return int(self.weights[neurons].sum())
+            return int(self._weights(row)[neurons].sum())
         return int(neurons.count_nonzero() if isinstance(neurons, Tensor) else np.count_nonzero(neurons))
 
     def selection(self) -> Selection:
@@ -324,7 +338,7 @@ class Descent:
         for place, sparsity in enumerate(self.sparsities):
             reached = self.iteration[place] >= 0
             if reached.any():
-                pathways[sparsity] = Pathways(masks[place], self.index)
+                pathways[sparsity] = Pathways(masks[place], self.index, self.real)
             if not reached.all():
                 missing[sparsity] = ["" if reached[row] else self._reason(row, sparsity) for row in range(batch)]
             shares = {name: each[place] for name, each in self.shares.items()}
@@ -346,7 +360,7 @@ class Descent:
             why, verb = "no neuron with a non-zero score is left", "stays at"
         else:
             why, verb = "no neuron has a non-zero score: the response has no gradient where a ≠ 0", "stays at"
-        share = self.effective[row] / self.index.units
+        share = self.effective[row] / self.sizes[row]
         return f"greedy pruning: {why}; |e| {verb} {share:.4f} of N, {1 - exact_sparsity(sparsity)} was asked for"
 
 

@@ -9,6 +9,7 @@ from functools import reduce
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,10 @@ from ..errors import InputError, RestrictionError, unknown
 from ..keys import PathwayKey, checked_sparsities, type_of_parameter
 from ..memory import kept_memory
 from ..neurons import NeuronIndex
+from ..padding import RealNeurons
 from ..pathways import Pathways, Scores, Selection
 from ..ranks import rank_correlation
-from .baselines import generator_of
+from .baselines import draw_for, generator_of
 from .descent import LARGEST, Descent, Reference, Schedule, descend
 from .ground import Ground
 from .registry import register
@@ -69,6 +71,8 @@ class DGR:
     0: pathways may be smaller than asked. With `per_channel` there is one gate a channel; channels are taken whole,
     largest first, until the next no longer fits into k units. A sample without such an iterate or such gates has no
     pathway; `selection.missing` says why.
+
+    Gates at padding tokens stay 0 and are none of the sample's, so that k and Σλ count the others.
 
     Presets: "paper" (the default) and "wang2018": one gate a channel, lr 0.1, γ 0.05, 30 iterations. Other numbers make
     the preset "custom"; a name beside numbers that are not its own is an `InputError`.
@@ -129,26 +133,29 @@ class DGR:
     def select(self, network: Network, samples: Any, sparsities: Sequence[float]) -> Selection:
         """Pathways of the largest gates; `scores` are the gates, 0 where there is no evidence for one."""
         sparsities = checked_sparsities(sparsities)
-        found = self.optimise(network, samples)
-        routes = Scores(found.gates.masked_fill(~found.touched, 0), found.index, key=self.key)
-        masks = [_by_neuron(each.mask, found.index, network.index) for each in routes.threshold(sparsities)]
+        found, real = self.optimise(network, samples), network.real(samples)
+        gates = found.gates.masked_fill(~found.touched, 0)
+        routes = Scores(gates, found.index, key=self.key, real=_of_gates(real, found.index))
+        masks = [_by_neuron(each.mask, found.index, network.index, real) for each in routes.threshold(sparsities)]
         closed = (routes.signed.amax(dim=1) == 0).tolist()
         pathways: dict[float | None, Pathways] = {}
         missing: dict[float | None, str | Sequence[str]] = {}
         by_sparsity: dict[float | None, dict[str, Tensor]] = {}
         for sparsity, mask in zip(sparsities, masks, strict=True):
-            pathways[sparsity] = own = Pathways(mask, network.index)
-            kept = network.index.kept(sparsity)
+            pathways[sparsity] = own = Pathways(mask, network.index, real)
+            kept = [network.index.kept(sparsity)] * len(mask) if real is None else real.kept(sparsity)
+            empty = (own.count == 0).tolist()
             reasons = [
-                reason or (_why_empty(shut, kept) if empty and kept else "")
-                for reason, shut, empty in zip(found.reasons, closed, (own.count == 0).tolist(), strict=True)
+                reason or (_why_empty(shut, count) if none and count else "")
+                for reason, shut, none, count in zip(found.reasons, closed, empty, kept, strict=True)
             ]
             lacking = torch.tensor([bool(reason) for reason in reasons], device=mask.device)
             chance = own.density / (2 - own.density)
             by_sparsity[sparsity] = {"chance_jaccard": chance.masked_fill(lacking, torch.nan)}
             if any(reasons):
                 missing[sparsity] = reasons
-        scores = Scores(_by_neuron(routes.signed, found.index, network.index), network.index, key=self.key)
+        signed = _by_neuron(routes.signed, found.index, network.index, real)
+        scores = Scores(signed, network.index, key=self.key, real=real)
         return Selection(pathways, found.diagnostics, missing, scores, by_sparsity)
 
     def optimise(self, network: Network, samples: Any, init: Tensor | None = None) -> Routing:
@@ -161,14 +168,15 @@ class DGR:
         index = _channels(network.index) if self.per_channel else network.index
         samples = network.samples(samples)
         given = None if init is None else _checked_start(init, (samples.batch, index.size))
-        original = network.original(samples)
+        original, real = network.original(samples), _of_gates(network.real(samples), index)
         with kept_memory(), torch.inference_mode(False):
             ground = Ground.of(network, samples)
             reference = Reference.of(network, ground.output, original.target, samples.batch, self.tolerance)
             kind = reduce(torch.promote_types, (layout.dtype for layout in ground.layouts), torch.float32)
             start = torch.empty((samples.batch, index.size), dtype=kind, device=samples.device)
-            self._begin(start, samples.names, given)
-            found, gamma, restarts = self._descend(network, ground, index, start, reference)
+            self._begin(start, samples.names, given, real)
+            found, gamma, restarts = self._descend(network, ground, index, start, reference, real)
+        sizes = max(index.size, 1) if real is None else real.neurons.sum(dim=1)
         diagnostics = {
             "ce": found.divergence,
             "l1": found.l1,
@@ -176,29 +184,39 @@ class DGR:
             "keeps_class": found.iterate >= 0,
             "gamma": gamma,
             "restarts": restarts,
-            "untouched": 1 - found.touched.sum(dim=1, dtype=torch.float64) / max(index.size, 1),
-            "spearman": rank_correlation(start, found.gates),
+            "untouched": 1 - found.touched.sum(dim=1, dtype=torch.float64) / sizes,
+            "spearman": _correlation(start, found.gates, real),
         }
         return Routing(found.gates, found.touched, start, index, diagnostics, self._reasons(found, reference))
 
-    def _begin(self, start: Tensor, names: Sequence[int | str], given: Tensor | None) -> None:
-        """Fill `start` `(B, G)` with the initial gates."""
+    def _begin(self, start: Tensor, names: Sequence[int | str], given: Tensor | None, real: RealNeurons | None) -> None:
+        """Fill `start` `(B, G)` with the initial gates, 0 at padding tokens."""
         if given is not None:
             start.copy_(given)
         elif not isinstance(self.init, str):
             start.fill_(self.init)
         else:
-            for row, name in zip(start, names, strict=True):
-                row.copy_(torch.from_numpy(generator_of(self.seed, name).random(len(row))))
+            for number, (row, name) in enumerate(zip(start, names, strict=True)):
+                draws = np.empty(len(row))
+                draw_for(generator_of(self.seed, name), draws, None if real is None else real.take([number]))
+                row.copy_(torch.from_numpy(draws))
+        if real is not None:
+            start.masked_fill_(~real.mask, 0)
 
     def _descend(
-        self, network: Network, ground: Ground, index: NeuronIndex, start: Tensor, reference: Reference
+        self,
+        network: Network,
+        ground: Ground,
+        index: NeuronIndex,
+        start: Tensor,
+        reference: Reference,
+        real: RealNeurons | None,
     ) -> tuple[Descent, Tensor, Tensor]:
         """The last descent of each sample, its γ and how often it has started again."""
         gamma = torch.full((len(start),), self.gamma, dtype=torch.float64, device=start.device)
         restarts = torch.zeros(len(start), dtype=torch.int32, device=start.device)
         schedule = Schedule(self.lr, self.momentum, self.gamma, self.iterations)
-        found = descend(network, ground, index, start, reference, schedule)
+        found = descend(network, ground, index, start, reference, schedule, real)
         hopeful = reference.defined & torch.isfinite(found.divergence[:, 0])
         while self.init == "r" and schedule.pull >= _NEGLIGIBLE:
             again = hopeful & (found.iterate < 0)
@@ -207,7 +225,7 @@ class DGR:
             restarts[again] += 1
             schedule = replace(schedule, gamma=self.gamma / 10 ** int(restarts.max()))
             gamma[again] = schedule.gamma
-            now = descend(network, ground, index, start, reference, schedule)
+            now = descend(network, ground, index, start, reference, schedule, real)
             found = found.replaced(again, now)
         return found, gamma, restarts
 
@@ -251,15 +269,29 @@ def _channels(index: NeuronIndex) -> NeuronIndex:
     )
 
 
-def _by_neuron(rows: Tensor, gates: NeuronIndex, index: NeuronIndex) -> Tensor:
-    """Rows of gates `(B, G)` → rows of neurons `(B, N)`: every unit has what its channel has."""
+def _of_gates(real: RealNeurons | None, index: NeuronIndex) -> RealNeurons | None:
+    """What is real of gates, which may be channels where neurons are units."""
+    return None if real is None else replace(real, index=index)
+
+
+def _correlation(start: Tensor, gates: Tensor, real: RealNeurons | None) -> Tensor:
+    """Rank correlation of the gates with what they were, of real ones, `(B,)`."""
+    if real is None:
+        return rank_correlation(start, gates)
+    rows = zip(start, gates, real.mask, strict=True)
+    return torch.cat([rank_correlation(one[own][None], other[own][None]) for one, other, own in rows])
+
+
+def _by_neuron(rows: Tensor, gates: NeuronIndex, index: NeuronIndex, real: RealNeurons | None) -> Tensor:
+    """Rows of gates `(B, G)` → rows of neurons `(B, N)`: every unit has what its channel has, 0 at padding tokens."""
     if gates is index:
         return rows
     blocks = [
         rows[:, gate.slice].view(-1, *gate.gate_shape).expand(-1, *site.shape).reshape(len(rows), -1)
         for gate, site in zip(gates.sites, index.sites, strict=True)
     ]
-    return torch.cat(blocks, dim=1)
+    found = torch.cat(blocks, dim=1)
+    return found if real is None else found.masked_fill(~real.mask, 0)
 
 
 def _resolved(preset: str | None, numbers: Mapping[str, type_of_parameter]) -> dict[str, type_of_parameter]:
