@@ -215,7 +215,7 @@ def test_an_outputs_own_type_is_refused_with_the_way_to_make_it_known() -> None:
             super().__init__()
             self.fc = nn.Linear(4, 3)
 
-        def forward(self, x: Tensor) -> Answer:
+        def forward(self, x: Tensor, *more: Tensor) -> Answer:  # symbolic_trace, which cannot bind these, would do
             return Answer(torch.relu(self.fc(x)))
 
     module = Answering().eval()
