@@ -66,7 +66,7 @@ def trace(
     class token in front) or folded.
 
     Raises `ModelError` (training mode, cannot run on x), `TraceError` (no graph equals the model), `SiteError` (no
-    activation found).
+    activation found; an axis of T of which the trial cannot say that it holds the tokens), `InputError` (padding).
 
     >>> from torch import nn
     >>> network = trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.ones(2, 3))

@@ -208,6 +208,25 @@ def test_a_sentence_has_one_pathway_however_far_it_is_padded(selector: Selector,
             )
 
 
+@pytest.mark.parametrize("selector", SELECTORS, ids=repr)
+def test_channels_that_only_padding_switches_on_do_not_count(selector: Selector) -> None:
+    module, ids = weighted(Tokens()), torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 0, 0], [3, 4, 0, 0, 0]])
+    module.fc1.bias.data.zero_()
+    module.fc2.bias.data.fill_(1)
+    module.embed.weight.data[0] = -module.embed.weight[1]  # what stands at padding tokens
+    mask = (ids > 0).long()
+    plain = trace_any(module, (ids[1:, :2], mask[1:, :2]), granularity="channel")
+    traced = trace_any(module, (ids, mask), padding=1, granularity="channel")
+    expected = selector.select(plain, (ids[1:, :2], mask[1:, :2]), [0.5])
+    found = selector.select(traced, (ids[1:], mask[1:]), [0.5])
+    assert found.missing == expected.missing
+    for level, pathways in expected.pathways.items():
+        assert torch.equal(found.pathways[level].mask, pathways.mask)
+        assert torch.equal(found.pathways[level].density, pathways.density)
+    switched = traced.activations((ids[1:], mask[1:]))[0].flip(1)[:, 0] > 0
+    assert bool((switched & ~plain.original((ids[1:, :2], mask[1:, :2])).active[:, :7]).any())
+
+
 def test_most_selectors_find_a_pathway_in_that_test() -> None:
     """At 0.4 all do but channels of DGR from noise and from its steps; an empty test would prove nothing."""
     for granularity in ("unit", "channel"):
@@ -303,6 +322,7 @@ def test_scores_are_zero_at_padding_tokens_even_where_the_model_reads_them() -> 
             return self.head(F.relu(self.fc2(F.relu(self.fc1(self.embed(ids))))).sum(1) + 0 * mask.sum(1, keepdim=True))
 
     x, module = marked([6, 4, 2]), weighted(Careless())
+    module.fc2.bias.data.fill_(0.5)  # so that the second site is alive where the first is closed
     for granularity in ("unit", "channel"):
         traced = trace_any(module, x, padding=1, granularity=granularity)
         plain = trace_any(module, x, granularity=granularity)
@@ -323,6 +343,13 @@ def test_scores_are_zero_at_padding_tokens_even_where_the_model_reads_them() -> 
         for pathways in (*greedy.pathways.values(), *routed.pathways.values()):
             assert not bool((pathways.mask & ~traced.real(x).mask).any())
             assert bool((pathways.density <= 0.5).all())
+    traced = trace_any(module, x, padding=1)
+    found = fxpath.DGR(lr=0.5, gamma=1e-4, iterations=20).optimise(traced, x)
+    kept, real = found.diagnostics["iterate"] > 0, traced.real(x).mask
+    assert bool(kept.any())
+    assert bool(found.touched[kept].any())
+    assert not bool(found.touched[~real].any())
+    assert not bool(found.gates[kept][~real[kept]].any())
 
 
 def test_descents_on_a_device_start_from_real_neurons_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,6 +440,7 @@ def test_without_data_sizes_decide() -> None:
 
 def test_gpt2_and_bert() -> None:
     assert network(9).padding.axes == (0, 0, None)
+    assert network(32).padding.axes == (0, 0, None)  # as many tokens as channels of the pooled site
     x = sentences([6, 4]) | {"use_cache": False}
     traced = trace_any(weighted(gpt2()), x, response=lambda y: y.logits[:, 1, 7], padding="attention_mask")
     assert traced.padding.axes == (0, 0)
@@ -546,6 +574,13 @@ class Ones(ByScore):
 
     def scores(self, network: fxpath.Network, samples: Any, target: Any = None) -> Scores:
         return Scores(torch.ones(network.samples(samples).batch, network.index.size), network.index, key=self.key)
+
+
+def test_a_scorer_that_knows_nothing_of_padding_takes_none() -> None:
+    traced, x = network(9), sentences([9, 5, 1], 9)
+    found = Ones().select(traced, x, [0.25])[0.25]
+    assert found.count.tolist() == [size * 3 // 4 for size in traced.real(x).sizes]
+    assert not bool((found.mask & ~traced.real(x).mask).any())
 
 
 def job(path: Path, traced: fxpath.Network, **options: Any) -> fxpath.Store:
