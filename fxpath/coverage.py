@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing as mp
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ class Row:
     asked and open; `scored`: the share of neurons with a NeuronMCT score other than 0; `masked`: Φ of the network
     masked to the pathway at κ = 0.9 over Φ; `frozen`: |Φ̂(x) − Φ(x)|; seconds of tracing and of all; the process's
     peak memory in GiB. `device` is cpu, or meta for networks of which only the shapes were looked at. `status` is
-    "covered", or why not.
+    "covered", or why not; `remarks` is what tracing says of a graph that its sites do not show.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Row:
     trace_seconds: float = math.nan
     seconds: float = math.nan
     peak_gib: float = math.nan
+    remarks: str = ""
 
 
 class _FindingError(Exception):
@@ -83,9 +85,13 @@ def look_at(subject: Subject, row: Row) -> None:
     row.trace_seconds = time.perf_counter() - begun
     row.sites, row.neurons, row.tracer = len(network.sites), network.index.size, network.traced.tracer
     row.rectifiers = sum(site.op in RECTIFIERS for site in network.sites)
+    row.remarks = _short("; ".join(network.traced.remarks))
     _require_round_trip(network)
     if row.device == "meta":
         return
+    skipped = [note for note in network.traced.notes if "compared" in note or "refuses a batch" in note]
+    if skipped:
+        raise _FindingError(f"a step of the check was skipped: {skipped[0]}")
     row.difference, row.open_gates = _differences(subject, network)
     one = samples.take([0])
     scores = NeuronMCT().scores(network, one)
@@ -165,7 +171,12 @@ MEMORY = "needs more than {} GiB"
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return f"{type(error).__name__}: {_short(str(error))}"
+
+
+def _short(text: str) -> str:
+    """Text in one line that holds on every machine: files of packages by their place within these."""
+    return " ".join(re.sub(r"\S*/site-packages/", "", text).split())[:400]
 
 
 def look_apart(name: str, *, threads: int, limit_seconds: float, limit_gib: float) -> Row:

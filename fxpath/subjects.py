@@ -16,7 +16,7 @@ from .errors import ModelError, unknown
 from .images import load_images
 from .responses import Logit, OutputFunction, Response, logit, region, token
 from .samples import Samples
-from .zoo import LoadedModel, load_model
+from .zoo import LoadedModel, load_model, seeded
 
 SAMPLES = 3
 PHOTOS = "foolbox:imagenet"
@@ -198,8 +198,7 @@ def _part(name: str, model_name: str, part: str) -> Subject:
         known = [f"{each}#{one}" for each in _torchvision("detection") for one in _parts_of(each)]
         raise ModelError(unknown("part of a detection model", f"{model_name}#{part}", known))
     sizes = {} if model_name.startswith("ssd") else {"min_size": _SIDE, "max_size": _SIDE}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with seeded():
         model = models.get_model(model_name, weights=None, weights_backbone=None, **sizes).eval()
     dataset = load_images(PHOTOS, _to_tensor(_SIDE, _SIDE), limit=SAMPLES)
     with torch.no_grad():
@@ -238,8 +237,7 @@ def _transformer(name: str, kind: str) -> Subject:
     except ImportError as failure:
         raise ModelError(f"{name}: {failure}; pip install 'fxpath[transformers]'") from failure
     config, build = (getattr(transformers, each) for each in _CONFIGS[kind])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with seeded():
         model = build(config()).eval()
     if kind in ("vit", "clip_vision"):
         dataset = load_images(PHOTOS, _to_tensor(model.config.image_size, model.config.image_size), limit=SAMPLES)

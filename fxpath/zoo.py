@@ -99,14 +99,15 @@ def load_model(spec: str, *, weights: str | Path | None = None) -> LoadedModel:
         )
     if isinstance(weights, str) and weights not in ("pretrained", "random"):
         weights = Path(weights)
-    with _seeded():
+    with seeded():
         loaded = _SOURCES.get(source, _from_callable)(name if source in _SOURCES else spec, weights)
     loaded.model.eval()
     return dataclasses.replace(loaded, name=spec)
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
+def seeded() -> Iterator[None]:
+    """Random numbers of seed 0 within; the caller's random state is left as it was."""
     # Networks draw their first weights from the CPU generator; torch.manual_seed would also seed every accelerator.
     with torch.random.fork_rng(devices=[]):
         _seed()

@@ -249,7 +249,7 @@ def test_of_equal_scores_the_larger_number_goes_first_in_any_format() -> None:
                 scores = network.signed_products(x, target)[0].abs()
             for row, own in enumerate(scores.tolist()):
                 order = sorted((score, -number) for number, score in enumerate(own) if score)
-                gone = [-number for _, number in order[: descent.count]]
+                gone = [-number for _, number in order[: descent.count[row]]]
                 still = row in descent.running
                 if still:
                     mask[row, gone] = False
