@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .branches import Branch
 from .errors import InputError, RestrictionError, unknown
 from .gates import Gates, Restriction
 from .network import Network
@@ -35,12 +36,13 @@ def pathway_gradient(
     """
     if network._restriction is not None:
         raise RestrictionError("pathway_gradient: the network is restricted already; leave the with block first")
+    gates = network._gates_of(pathways)
     samples = network.samples(x, target).require_finite()
     if 1 != pathways.batch != samples.batch:
         raise RestrictionError(
             f"pathway_gradient: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
         )
-    held = Restriction(network._gates_of(pathways), [None] * len(network.index), held=True)
+    held = Restriction(gates, [None] * len(network.index), held=True)
     held = held.checked(network.index, network.device)
     if wrt is not None:
         return _at_node(network, samples, held, wrt)
@@ -75,6 +77,9 @@ def _at_node(network: Network, samples: Samples, held: Restriction, name: str) -
     by_name = {node.name: node for node in module.graph.nodes if node.target != GATES}
     start = prefix(module, {"start": named[name]} | {each: by_name[each] for each in after.boundary})
     with torch.inference_mode(False), plain_attention():
+        if any(isinstance(node.target, Branch) for node in module.graph.nodes):  # neither part may hold them
+            with torch.no_grad():
+                network._run(samples, None)
         with torch.no_grad():
             first, *outside = start(*network.traced.bind(samples), Gates(network.index, held))
         if not isinstance(first, Tensor) or not _has_gradient(first):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,9 +44,23 @@ def _run(call: Callable[[], Any], example: Samples) -> Any:
         return call()
 
 
+@contextlib.contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Give buffers that forward writes to their values back."""
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, values in buffers:
+                if buffer._version != version:
+                    buffer.copy_(values)
+
+
 def _call(model: nn.Module, samples: Samples) -> Any:
     own = samples.map(torch.clone)  # the module may write to its input
-    return model(*own.args, **own.kwargs)
+    with kept_buffers(model):
+        return model(*own.args, **own.kwargs)
 
 
 def answer(model: nn.Module, example: Samples) -> Any:

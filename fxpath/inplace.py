@@ -197,6 +197,7 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
     plain.output(plain.graph_copy(module.graph, twins))
     before = fx.GraphModule(module, plain)  # the graph as traced, for looking at its memory
     order = list(module.graph.nodes)
+    targets = [node.target for node in order]
     changed = [node for node in order if _make_functional(node, module, before)]
     recorder = run_dry(lambda: MutationAudit(before, keep=bool(changed)), leaves)
     known = {twins[node] for node in changed if node in twins}
@@ -207,6 +208,8 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
         if NUMBERS in twin.meta:
             node.meta[NUMBERS] = twin.meta[NUMBERS]
     if not changed:
+        if targets != [node.target for node in order]:  # a function without a derivative has given way to another
+            module.recompile()
         return
     seen = {node: recorder.values.get(twins[node]) if node in twins else None for node in order}
     storages = {node: {t.untyped_storage()._cdata for t in _tensors(seen[node])} for node in order}

@@ -63,6 +63,10 @@ class Layout:
                 )
             if tensor.dtype != dtype:
                 raise InputError(f"network: expected inputs of {dtype}, found {tensor.dtype}; convert them with .to()")
+            if tensor.layout != torch.strided:
+                raise InputError(
+                    f"network: expected dense inputs, found {tensor.layout}; convert them with .to_dense()"
+                )
             if tensor.device != device:
                 raise InputError(f"network: the model is on {device}, the input on {tensor.device}; x.to(device)")
         if not any(tensor.is_inference() for tensor in samples.tensors):

@@ -24,7 +24,7 @@ from .layout import Layout
 from .measuring import measured
 from .neurons import Granularity, Site
 from .nodes import altered
-from .outcomes import find_original, find_outcome
+from .outcomes import find_original, find_outcome, require_finite_response
 from .outputs import mapped
 from .padding import RealNeurons
 from .pathways import Pathways
@@ -171,7 +171,7 @@ class Network:
     def _run(self, samples: Samples, gates: Gates | None) -> Any:
         if any(module.training for module in self._called):
             raise ModelError("network: the model is in training mode since it was traced; call model.eval()")
-        restricted = gates is not None and gates.restriction is not None
+        restricted = gates is not None and gates.restriction is not None and not gates.restriction.held
         with nullcontext() if gates is None else plain_attention(), keeping_branches() if restricted else nullcontext():
             return self.traced.unbind(self._module(*self.traced.bind(samples), gates))
 
@@ -250,6 +250,8 @@ class Network:
                 "differentiably; choose others with sites=…, or another response, or look for .detach() and "
                 "torch.no_grad() in the model's forward"
             )
+        if self._restriction is None:
+            require_finite_response(value.detach(), samples)
         slopes = [torch.zeros_like(a) if g is None else g for a, g in zip(seen, found, strict=True)]
         return Pass(_detached(output), value.detach(), resolved, [a.detach() for a in seen], slopes)
 

@@ -24,6 +24,8 @@ _ELEMENTWISE = (
     | {"add", "sub", "rsub", "pow", "square", "neg", "abs", "sign", "log1p", "log", "sqrt", "rsqrt", "reciprocal",
        "expm1", "where", "maximum", "minimum", "clamp_min", "clamp_max"}
 )  # fmt: skip
+_CONSTANTS = ("_tensor_constant", "lifted_tensor")
+_QUOTIENTS = {frozenset({"abs", "add"}): "softsign", frozenset({"neg", "exp", "add"}): "silu"}  # of x, by these
 _LARGEST = 16  # nodes of a formula
 
 
@@ -61,7 +63,8 @@ def _is_zero(value: Any) -> bool:
             return _is_zero(value.args[-1] if value.args else None)
         if plain_name(value) in _CASTS:
             return _is_zero(value.args[0])
-        if value.op == "get_attr" and value.graph.owning_module is not None:
+        constant = str(value.target).startswith(_CONSTANTS)  # made while tracing; a buffer may change
+        if value.op == "get_attr" and constant and value.graph.owning_module is not None:
             held: Any = value.graph.owning_module
             for part in str(value.target).split("."):
                 held = getattr(held, part)
@@ -84,24 +87,31 @@ def _compared(node: Any) -> tuple[fx.Node, bool] | None:
     return (right, not above) if isinstance(right, fx.Node) and _is_zero(left) else None
 
 
+def _choice(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Condition, first and second value of a `where`, as a function or a method of the first."""
+    if node.op == "call_method":
+        return argument(node, 1, "condition"), node.args[0], argument(node, 2, "other")
+    return argument(node, 0, "condition"), argument(node, 1, "input", "self"), argument(node, 2, "other")
+
+
 def _rectifier(node: fx.Node, name: str | None) -> Formula | None:
     """`where(x > 0, x, 0)`, `masked_fill(x, x < 0, 0)`, `x * (x > 0)`, `maximum(x, 0)`."""
     x: Any = None
-    if name == "where" and len(node.args) == 3:
-        condition, one, two = node.args if node.op != "call_method" else (node.args[1], node.args[0], node.args[2])
+    first, second = argument(node, 0, "input", "self"), argument(node, 1, "other")
+    if name == "where":
+        condition, one, two = _choice(node)
         compared = _compared(condition)
         if compared is not None:
             kept, other = (one, two) if compared[1] else (two, one)
             x = kept if kept is compared[0] and _is_zero(other) else None
-    elif name == "masked_fill" and len(node.args) == 3:
-        given, condition, value = node.args
-        x = given if _compared(condition) == (given, False) and _is_zero(value) else None
-    elif name in _PRODUCT and len(node.args) == 2:
-        x = next((one for one, two in (node.args, node.args[::-1]) if _compared(two) == (one, True)), None)
-    elif name in ("maximum", "max", "fmax") and len(node.args) == 2:
-        one, two = node.args  # max(x, 0) with the number 0 is a maximum along axis 0
-        x = one if isinstance(two, fx.Node) and _is_zero(two) else None
-        x = two if isinstance(one, fx.Node) and _is_zero(one) else x
+    elif name == "masked_fill":
+        mask, value = argument(node, 1, "mask"), argument(node, 2, "value")
+        x = first if _compared(mask) == (first, False) and _is_zero(value) else None
+    elif name in _PRODUCT:
+        x = next((one for one, two in ((first, second), (second, first)) if _compared(two) == (one, True)), None)
+    elif name in ("maximum", "max", "fmax"):  # max(x, 0) with the number 0 is a maximum along axis 0
+        x = first if isinstance(second, fx.Node) and _is_zero(second) else None
+        x = second if isinstance(first, fx.Node) and _is_zero(first) else x
     if not isinstance(x, fx.Node):
         return None
     return Formula(node, "relu", True, _between(node, x))
@@ -147,16 +157,16 @@ def _of_one(node: fx.Node, name: str) -> Formula | None:
         x = sources.pop(0)
         closed = _closure(node, x) if x is not node else None
         if closed is not None:
-            within = {plain_name(each) for each in closed if each is not node and _reads(each, x, closed)}
+            within = {str(plain_name(each)) for each in closed if each is not node and _reads(each, x, closed)}
             kinds = {each for each in within if each in _GATES}
             if name == "where":
                 return Formula(node, "piecewise", False, frozenset(closed - {node})) if _decides(node, closed) else None
             if name in _QUOTIENT:
-                soft = within == {"abs", "add"} and node.args[0] is x
-                return Formula(node, "softsign", False, frozenset(closed - {node})) if soft else None
+                op = _QUOTIENTS.get(frozenset(within)) if node.args[0] is x else None
+                return Formula(node, op, False, frozenset(closed - {node})) if op else None
             if kinds and _reaches_plainly(node, x, closed):
                 last, more = _scaled(node, kinds)
-                return Formula(last, _called(kinds, closed, x), False, frozenset((closed | more) - {last}))
+                return Formula(last, _called(kinds, closed), False, frozenset((closed | more) - {last}))
         for source in x.all_input_nodes:
             if source not in seen and len(seen) < _LARGEST and (x is node or plain_name(x) in _ELEMENTWISE):
                 seen.add(source)
@@ -166,7 +176,7 @@ def _of_one(node: fx.Node, name: str) -> Formula | None:
 
 def _decides(node: fx.Node, closed: set[fx.Node]) -> bool:
     """Whether what `where` decides by is a comparison within the formula."""
-    condition = node.args[1] if node.op == "call_method" else node.args[0]
+    condition = _choice(node)[0]
     return isinstance(condition, fx.Node) and condition in closed and plain_name(condition) in (*_ABOVE, *_BELOW)
 
 
@@ -202,7 +212,7 @@ def _scaled(node: fx.Node, kinds: set[str]) -> tuple[fx.Node, set[fx.Node]]:
     return (user, {node, user}) if divided or times else (node, set())
 
 
-def _called(kinds: set[str], closed: set[fx.Node], x: fx.Node) -> str:
+def _called(kinds: set[str], closed: set[fx.Node]) -> str:
     if "erf" in kinds:
         return "gelu"
     if "tanh" in kinds:
@@ -210,9 +220,13 @@ def _called(kinds: set[str], closed: set[fx.Node], x: fx.Node) -> str:
     if kinds & {"relu6", "hardtanh", "hardsigmoid", "clamp", "clip"}:
         return "hardswish"
     if kinds & {"sigmoid", "expit"}:
-        inner = [each for each in closed if plain_name(each) in ("sigmoid", "expit")]
-        return "silu" if all(x in each.all_input_nodes for each in inner) else "quick_gelu"
+        scaled = [each for each in closed if plain_name(each) in _PRODUCT and any(_near(a, 1.702) for a in each.args)]
+        return "quick_gelu" if scaled else "silu"
     return "self_gated"
+
+
+def _near(value: Any, number: float) -> bool:
+    return isinstance(value, int | float) and abs(value - number) < 1e-3
 
 
 def by_node(formulas: list[Formula]) -> tuple[Mapping[fx.Node, Formula], frozenset[fx.Node]]:

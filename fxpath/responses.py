@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .class_responses import ClassResponse, Logit, Margin, Probability, resolve_target
-from .errors import InputError, unknown
+from .errors import FxpathError, InputError, unknown
 from .hidden import Hidden, Neuron, neuron
 from .keys import parse_parameters
-from .outputs import read_path, type_of_part
+from .outputs import listing, read_path, type_of_part
 from .places import Detection, Mask, Pixel, Place, Region, Token
 from .samples import type_of_target
 
@@ -212,7 +212,15 @@ def _said(code: CodeType) -> str:
 
 def respond(response: Response, output: Any, target: Tensor | None, batch: int) -> Tensor:
     """Φ of a batch, checked to be one real number per sample."""
-    value = response(output, target)
+    try:
+        value = response(output, target)
+    except (FxpathError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"response {response.name!r}: it cannot read the network's output, {listing(output)} "
+            f"({type(error).__name__}: {error}); read a part that is there"
+        ) from error
     if not isinstance(value, Tensor) or value.shape != (batch,) or value.is_complex():
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"response {response.name!r}: expected one real number per sample, ({batch},), found {found}")

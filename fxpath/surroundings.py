@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .equality import generators
+from .equality import generators, kept_buffers
 from .samples import Samples
 
 
@@ -27,7 +27,8 @@ def quietly(example: Samples) -> Iterator[None]:
 def put_back(model: nn.Module) -> Iterator[None]:
     """Undo what modules note about themselves while they are traced: proxies, fake tensors, activations.
 
-    A forward that says `self.last = h`, or appends to a list, would keep them; `torch.export` replaces containers.
+    A forward that says `self.last = h`, or appends to a list, would keep them; `torch.export` replaces containers. A
+    buffer that forward writes to gets its values back.
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     containers = [
@@ -37,7 +38,8 @@ def put_back(model: nn.Module) -> Iterator[None]:
         if isinstance(value, list | dict | set) and value is not named
     ]
     try:
-        yield
+        with kept_buffers(model):
+            yield
     finally:
         for module, named in attributes:
             now = vars(module)

@@ -44,6 +44,7 @@ class PathTracer(fx.Tracer):
     def __init__(self, leaves: Sequence[type[nn.Module]] = ()) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = tuple(leaves)
+        self.buffers_as_nodes = False
         self.scripted: list[str] = []
         self.autocast: str | None = None
         self._autocast_before: tuple[Any, ...] = ()
@@ -72,6 +73,15 @@ class PathTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if self.buffers_as_nodes and isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
+            name = next((name for name, buffer in self.root.named_buffers() if buffer is attr_val), None)
+            if name is not None:
+                if name not in parameter_proxy_cache:
+                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)

@@ -91,7 +91,7 @@ def trace_module(
             expected = answer(model, example) if check else None
             for name, way in _ways(model, example, tracer, (*leaves, *kinds), fix_branches):
                 try:
-                    with plain_attention():
+                    with plain_attention(), put_back(model):  # one way of tracing does not see what another left
                         traced = way()
                     require_open(traced.graph_module)
                     if check:
@@ -165,6 +165,11 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
     constants = {p.name: p.default for p in parameters if p.name not in given}
     constants |= {name: value for name, value in given.items() if not pytree.tree_any(_is_tensor, value)}
     graph = tracer.trace(model, concrete_args=constants or None)
+    if type(tracer) is PathTracer and _holds_constants(graph):
+        # what was computed from buffers while tracing would not see their later changes
+        leaves = tracer.leaves
+        again = unless_it_fails(lambda: _with_buffers(model, leaves, constants))
+        tracer, graph = again or (tracer, graph)
     if isinstance(tracer, PathTracer) and tracer.autocast is not None:
         raise TraceError(f"forward switches torch.autocast ({tracer.autocast}), which symbolic_trace would lose")
     module = fx.GraphModule(tracer.root, graph, type(model).__name__)
@@ -180,6 +185,19 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
     places = {name: place for place, name in enumerate(inputs)}
     remarks = stop_gradients(module) + (tracer.remarks() if isinstance(tracer, PathTracer) else [])
     return Traced(module, "symbolic_trace", bind, lambda output: output, arguments=places, remarks=remarks)
+
+
+def _holds_constants(graph: fx.Graph) -> bool:
+    return any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes)
+
+
+def _with_buffers(
+    model: nn.Module, leaves: Sequence[type[nn.Module]], constants: dict[str, Any]
+) -> tuple[PathTracer, fx.Graph]:
+    """The graph with buffers as nodes, and the tracer that made it."""
+    again = PathTracer(leaves)
+    again.buffers_as_nodes = True
+    return again, again.trace(model, concrete_args=constants or None)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -10,7 +10,7 @@ from networks import CASES, Case
 from torch import Tensor, nn
 
 import fxpath
-from fxpath.errors import InputError, RestrictionError
+from fxpath.errors import BranchError, InputError, RestrictionError, TraceWarning
 
 
 def random_pathways(network: fxpath.Network, batch: int, share: float = 0.5) -> fxpath.Pathways:
@@ -83,6 +83,33 @@ def test_whole_numbers_beside_floating_point_ones() -> None:
     assert bool(found["weights"].any())
 
 
+def test_an_input_of_another_branch_is_refused() -> None:
+    """The gradient at x is of the network as it is at x, not of the branch that the example took."""
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.fc(x))
+            if x.sum() > 0:
+                h = h * 2
+            return self.head(h)
+
+    torch.manual_seed(0)
+    model, x = Branching().eval(), torch.rand(2, 5)
+    with pytest.warns(TraceWarning):
+        network = fxpath.trace(model, x, fix_branches=True)
+    pathways = random_pathways(network, 2, 2.0)
+    given = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(given).amax(1).sum(), given)
+    torch.testing.assert_close(fxpath.pathway_gradient(network, x, pathways), expected)
+    for wrt in (None, "fc"):
+        with pytest.raises(BranchError):
+            fxpath.pathway_gradient(network, -x, pathways, wrt=wrt)
+
+
 def test_bad_input() -> None:
     model, ids = Tokens().eval(), torch.tensor([[1, 2, 3], [4, 5, 10]])
     network = fxpath.trace(model, ids)
@@ -93,5 +120,7 @@ def test_bad_input() -> None:
         fxpath.pathway_gradient(network, ids, pathways, wrt="arange")
     with pytest.raises(RestrictionError, match=r"there are 3 pathways for 2 samples"):
         fxpath.pathway_gradient(network, ids, random_pathways(network, 3), wrt="words")
+    with pytest.raises(RestrictionError, match=r"expected Pathways, found Tensor"):
+        fxpath.pathway_gradient(network, ids, pathways.mask, wrt="words")
     with network.masked(pathways), pytest.raises(RestrictionError, match="restricted already"):
         fxpath.pathway_gradient(network, ids, pathways, wrt="words")

@@ -26,7 +26,16 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 import fxpath
-from fxpath.errors import BranchError, InputError, ModelError, SiteError, SmoothSitesWarning, TraceError, TraceWarning
+from fxpath.errors import (
+    BranchError,
+    InputError,
+    ModelError,
+    SampleError,
+    SiteError,
+    SmoothSitesWarning,
+    TraceError,
+    TraceWarning,
+)
 from fxpath.network import Network
 from fxpath.pathways import Pathways
 from fxpath.samples import Samples
@@ -1207,3 +1216,106 @@ def test_graphs_within_the_graph_are_refused() -> None:
     model, x = small(body)
     with pytest.raises(TraceError, match=r"operator cond holds graphs of its own.*a module that is a leaf"):
         fxpath.trace(model, x)
+
+
+class Counting(Layers):
+    """Forward writes to buffers: adds to one, averages into another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Any:
+        h = F.relu(self.f(x))
+        self.calls += 1
+        self.average.mul_(0.9).add_(h.detach().mean(0))
+        return self.h(h)
+
+
+def test_buffers_that_forward_writes_to_keep_their_values() -> None:
+    torch.manual_seed(0)
+    model = nn.Module.eval(Counting())
+    with contextlib.suppress(TraceError):
+        fxpath.trace(model, torch.randn(3, 4))
+    assert model.calls == 0
+    assert not bool(model.average.any())
+
+
+class Assigned(Layers):
+    def forward(self, x: Tensor) -> Any:
+        h = self.f(x)
+        h[:, :3] = F.relu(h[:, :3])
+        z = torch.zeros_like(h)
+        z[:, 1:] = h[:, :3]
+        return self.h(h + z)
+
+
+def test_tensors_assigned_to_slices() -> None:
+    torch.manual_seed(0)
+    model, x = Assigned().double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    network = fxpath.trace(model, x)
+    assert [site.shape for site in network.sites] == [(3,)]
+    given = x.clone().requires_grad_()
+    expected = torch.autograd.grad(model(given).sum(), given)
+    assert torch.equal(network(x), model(x))
+    torch.testing.assert_close(torch.autograd.grad(network(given).sum(), given), expected)
+
+
+class Remembering(Layers):
+    """Keeps what it made, and looks at it the next time; loops over an axis, which symbolic_trace cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Any = None
+
+    def forward(self, x: Tensor) -> Any:
+        assert not isinstance(self.before, fx.Proxy)
+        h = F.relu(self.f(x))
+        self.before = h.detach()
+        for place in range(x.shape[1]):
+            h = h + x[:, place : place + 1]
+        return self.h(h)
+
+
+def test_one_way_of_tracing_does_not_see_what_another_left() -> None:
+    torch.manual_seed(0)
+    model, x = Remembering().eval(), torch.randn(3, 4)
+    network = fxpath.trace(model, x)
+    assert network.traced.tracer == "torch.export"
+    assert torch.equal(network(x), model(x))
+
+
+class Warm(Layers):
+    """Reads a function of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("temperature", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.h(F.relu(self.f(x) * torch.exp(self.temperature)))
+
+
+def test_later_changes_of_buffers_are_seen() -> None:
+    torch.manual_seed(0)
+    model, x = Warm().eval(), torch.randn(3, 4)
+    network = fxpath.trace(model, x)
+    before = network.fingerprint
+    model.temperature.fill_(1)
+    assert torch.equal(network(x), model(x))
+    assert "temperature" in network.tensors
+    assert network.fingerprint != before
+
+
+def test_responses_that_fail_or_are_no_numbers() -> None:
+    torch.manual_seed(0)
+    model, x = Warm().eval(), torch.randn(3, 4)
+    network = fxpath.trace(model, x, response=lambda output: output["logits"])
+    with pytest.raises(InputError, match=r"response '<lambda>': it cannot read the network's output, \(3, 3\) float32"):
+        fxpath.NeuronMCT().scores(network, x)
+    network = fxpath.trace(model, x, response=lambda output: (output.sum(1) - 1e9).log())
+    with pytest.raises(SampleError, match="response: it is NaN or infinite for sample 0, 1, 2"):
+        fxpath.NeuronMCT().scores(network, x)
+    with pytest.raises(InputError, match=r"expected dense inputs, found torch\.sparse_coo"):
+        network(x.to_sparse())

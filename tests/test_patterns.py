@@ -34,6 +34,9 @@ RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {
     "masked_fill": lambda x: x.masked_fill(x < 0, 0),
     "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
     "max": lambda x: torch.max(x, torch.zeros_like(x)),
+    "by names": lambda x: torch.where(x > 0, input=x, other=torch.zeros_like(x)),
+    "masked_fill by names": lambda x: torch.masked_fill(x, mask=x < 0, value=0.0),
+    "maximum by names": lambda x: torch.maximum(input=x, other=torch.zeros_like(x)),
     "clamp_min": lambda x: x.clamp_min(0),
     "hardtanh": lambda x: F.hardtanh(x, 0.0, 6.0),
     "relu6": F.relu6,
@@ -42,6 +45,8 @@ RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {
 SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "silu": (lambda x: x * torch.sigmoid(x), "silu"),
     "silu as methods": (lambda x: x.sigmoid().mul(x), "silu"),
+    "silu by exp": (lambda x: x / (1 + torch.exp(-x)), "silu"),
+    "silu with a factor": (lambda x: x * torch.sigmoid(1.5 * x), "silu"),
     "quick gelu": (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
     "gelu by erf": (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), "gelu"),
     "gelu by erf, halved last": (lambda x: x * (1 + torch.erf(x / math.sqrt(2))) * 0.5, "gelu"),
@@ -133,6 +138,21 @@ def test_what_is_no_rectifier(function: Callable[[Tensor], Tensor], ops: list[st
     found = activations_of(module)
     assert [activation.op for activation in found] == ops
     assert all(activation.rectifier == (activation.op == "relu") for activation in found)
+
+
+def test_a_buffer_that_is_zero_today_makes_no_rectifier() -> None:
+    class Thresholded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+            self.register_buffer("least", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            return self.head(torch.where(h > self.least, h, 0))
+
+    (found,) = trace_any(Thresholded().eval(), torch.randn(2, 5)).sites
+    assert found.op == "piecewise"
 
 
 def test_whole_numbers_are_no_activations() -> None:
