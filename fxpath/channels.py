@@ -17,31 +17,30 @@ _CHANNELS_FIRST = (
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
 )
-_CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.RMSNorm, nn.RNNBase)
+_CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RMSNorm, nn.RNNBase)
 _FIRST_NAMES = (
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
     "batch_norm", "group_norm", "instance_norm",
 )  # fmt: skip
-_LAST_NAMES = ("linear", "bilinear", "layer_norm", "rms_norm", "addmm", "matmul", "mm", "bmm", "embedding", "einsum")
-_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "expand"}
+_LAST_NAMES = ("linear", "bilinear", "rms_norm", "addmm", "embedding", "tensordot", "_addmm_activation")
+_PRODUCTS = ("matmul", "mm", "bmm")
+_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_as"}
 
 
 def channel_axis(site: fx.Node, shapes: Mapping[fx.Node, Shape]) -> int:
     """The channel axis of a site's tensor, the batch axis counted: never 0 where there is another.
 
-    Looks back along first arguments for the operation that made the channels (a convolution or norm puts them on axis
-    1, a linear layer or embedding on the last), then follows that axis through permutations and reshapes. Channels
-    that were merged with other axes are on the merged one. Where nothing made any, they are on axis 1.
+    `shapes` are those of all nodes that give floating-point tensors. Looks back for the operation that made the
+    channels (a convolution or norm puts them on axis 1, a linear layer or embedding on the last, a product where its
+    weights have them), then follows that axis through permutations, reshapes and broadcasts. Channels that were merged
+    with other axes are on the merged one. Where nothing made any, they are on axis 1.
     """
     way = [site]
     axis: int | None = None
-    while axis is None:
-        node = way[-1]
-        if node not in shapes:
-            break
-        axis = _made(node, shapes[node])
+    while axis is None and way[-1] in shapes:
+        axis = _made(way[-1], shapes)
         if axis is None:
-            source = next((each for each in node.all_input_nodes if shapes.get(each)), None)
+            source = _main_source(way[-1], shapes)
             if source is None:
                 break
             way.append(source)
@@ -53,15 +52,50 @@ def channel_axis(site: fx.Node, shapes: Mapping[fx.Node, Shape]) -> int:
     return min(max(axis, 1), dimensions - 1)
 
 
-def _made(node: fx.Node, shape: Shape) -> int | None:
+def _main_source(node: fx.Node, shapes: Mapping[fx.Node, Shape]) -> fx.Node | None:
+    """The input that a value is mostly made of: not a parameter, a gate or a class token that is spread over it."""
+    sources = [source for source in node.all_input_nodes if shapes.get(source)]
+    moving = [source for source in sources if not _is_weight(source)] or sources
+    return max(moving, key=lambda source: (math.prod(shapes[source]), len(shapes[source])), default=None)
+
+
+def _is_weight(value: Any, steps: int = 6) -> bool:
+    """Whether a value is a parameter or buffer, or made of such alone in a few steps."""
+    if not isinstance(value, fx.Node) or value.op == "placeholder" or not steps:
+        return False
+    sources = value.all_input_nodes
+    return value.op == "get_attr" or (bool(sources) and all(_is_weight(source, steps - 1) for source in sources))
+
+
+def _made(node: fx.Node, shapes: Mapping[fx.Node, Shape]) -> int | None:
     """The axis on which a node puts channels, if it makes any."""
-    module = called_module(node)
+    module, shape = called_module(node), shapes[node]
     name = plain_name(node)
     if isinstance(module, _CHANNELS_FIRST) or name in _FIRST_NAMES or str(name).endswith("batch_norm"):
         return 1
+    if isinstance(module, nn.LayerNorm) or name == "layer_norm":
+        over = module.normalized_shape if isinstance(module, nn.LayerNorm) else argument(node, 1, "normalized_shape")
+        return len(shape) - 1 if len(over) == 1 else None  # over several axes it says nothing of channels
     if isinstance(module, _CHANNELS_LAST) or name in _LAST_NAMES:
         return len(shape) - 1
-    return None
+    if name in _PRODUCTS:
+        return max(len(shape) - 2, 0) if _is_weight(node.args[0]) else len(shape) - 1
+    return _of_einsum(node, shapes) if name == "einsum" else None
+
+
+def _of_einsum(node: fx.Node, shapes: Mapping[fx.Node, Shape]) -> int:
+    """The axis that the weights of an einsum bring in; the last where no operand is a parameter."""
+    last = len(shapes[node]) - 1
+    equation: Any = node.args[0]
+    operands: Any = node.args[1:]
+    operands = operands[0] if len(operands) == 1 and isinstance(operands[0], tuple | list) else operands
+    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+        return last
+    terms, _, given = equation.replace(" ", "").partition("->")
+    weights = [term for term, operand in zip(terms.split(","), operands, strict=False) if _is_weight(operand)]
+    moving = "".join(term for term in terms.split(",") if term not in weights)
+    brought = [place for place, letter in enumerate(given) if letter in "".join(weights) and letter not in moving]
+    return brought[0] if brought else last
 
 
 def _moved(node: fx.Node, axis: int, before: Shape, after: Shape) -> int:
@@ -81,8 +115,14 @@ def _moved(node: fx.Node, axis: int, before: Shape, after: Shape) -> int:
         return 2 * size - 3 - axis if axis >= size - 2 else axis
     if name == "movedim":
         return _after_movedim(node, axis, size)
+    if name in ("unsqueeze", "stack"):
+        place = argument(node, 1, "dim")
+        place = (int(place) if isinstance(place, int) else 0) % len(after)
+        return axis + (axis >= place)
+    if name in ("expand", "expand_as", "repeat", "broadcast_to"):
+        return axis + len(after) - len(before)
     if name == "getitem" and len(before) != len(after):
-        return _after_getitem(node.args[1], axis)
+        return _after_getitem(node.args[1], axis, len(after) - len(before))
     if name in _RESHAPES or isinstance(called_module(node), nn.Flatten | nn.Unflatten):
         return _after_reshape(axis, before, after)
     if len(before) == len(after):
@@ -91,6 +131,8 @@ def _moved(node: fx.Node, axis: int, before: Shape, after: Shape) -> int:
     listed: Sequence[Any] = dropped if isinstance(dropped, tuple | list) else [dropped]
     if len(after) < len(before) and all(isinstance(place, int) for place in listed):
         return axis - sum(int(place) % size < axis for place in listed)
+    if len(after) > len(before) and len(node.all_input_nodes) > 1:  # spread over a value of more axes
+        return axis + len(after) - len(before)
     return _after_reshape(axis, before, after)
 
 
@@ -105,14 +147,18 @@ def _after_movedim(node: fx.Node, axis: int, size: int) -> int:
     return [order[place] if place in order else next(rest) for place in range(size)].index(axis)
 
 
-def _after_getitem(key: Any, axis: int) -> int:
-    """An index by numbers drops axes, None adds one."""
+def _after_getitem(key: Any, axis: int, more: int) -> int:
+    """An index by numbers drops axes, None adds one, a tensor of places may do either: `more` says by how many."""
     at = place = 0
-    for item in key if isinstance(key, tuple) else (key,):
-        if item is Ellipsis or at >= axis:
+    items = key if isinstance(key, tuple) else (key,)
+    tensors = any(isinstance(item, fx.Node) for item in items)
+    for item in items:
+        if item is Ellipsis or at >= axis + (item is None):
             break
+        if isinstance(item, fx.Node) and at < axis:
+            return axis + more
         at += item is not None
-        place += item is None or isinstance(item, slice)
+        place += item is None or isinstance(item, slice) or (tensors and not isinstance(item, int))
     return place + (axis - at)
 
 

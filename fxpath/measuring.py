@@ -32,7 +32,7 @@ class _Place(DryInterpreter):
         self.at = str(n.meta.get(NAME, n.name))
         value = super().run_node(n)
         first = value[0] if isinstance(value, tuple | list) and value else value  # an LSTM's, attention's
-        if isinstance(first, Tensor):
+        if isinstance(first, Tensor) and (first.is_floating_point() or first.is_complex()):
             self.shapes[n] = tuple(first.shape)
         return value
 

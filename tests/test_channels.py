@@ -31,6 +31,21 @@ def same(h: Tensor) -> Tensor:
     return h
 
 
+class Parts(nn.Module):
+    """A linear layer, a convolution and free weights; `body` puts them together."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor], linear: int = 2, width: int = 5) -> None:
+        super().__init__()
+        self.lin, self.lin2, self.conv = nn.Linear(linear, width), nn.Linear(linear, width), nn.Conv2d(2, width, 1)
+        self.gamma, self.weight = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width, 2))
+        self.places, self.token = nn.Parameter(torch.rand(1, 6, width)), nn.Parameter(torch.rand(1, 1, width))
+        self.norm, self.body = nn.LayerNorm([width, 3, 4]), body
+        self.register_buffer("some", torch.tensor([[0, 1], [2, 3]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(self, x)).flatten(1)
+
+
 C = 5
 LAYOUTS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...], int]] = {
     # the network, its input, the site's block, the channel axis within it
@@ -59,6 +74,32 @@ LAYOUTS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...], int]] = {
     "heads": (Layout(nn.Linear(2, 6), lambda h: h.unflatten(2, (2, 3))), (6, 2), (6, 2, 3), 1),
     "flattened": (Layout(nn.Conv2d(2, C, 3), lambda h: h.flatten(1)), (2, 6, 7), (C * 20,), 0),
     "by matrix": (Layout(nn.Identity(), lambda h: h @ torch.ones(2, C)), (6, 2), (6, C), 1),
+    "scaled": (Parts(lambda m, x: m.gamma * m.lin(x)), (6, 7, 2), (6, 7, C), 2),
+    "root mean square": (
+        Parts(lambda m, x: m.gamma * (m.lin(x) * m.lin(x).pow(2).mean(-1, keepdim=True).rsqrt())), (6, 2), (6, C), 1,
+    ),
+    "placed": (Parts(lambda m, x: m.places + m.lin(x)), (6, 2), (6, C), 1),
+    "masked": (Parts(lambda m, x: torch.where(x.sum(-1, keepdim=True) > 9, m.lin(x), 0.5)), (6, 2), (6, C), 1),
+    "times a mask": (Parts(lambda m, x: (x.sum(-1, keepdim=True) > 9).float() * m.lin(x)), (6, 2), (6, C), 1),
+    "gate first": (Parts(lambda m, x: m.lin(x.mean((1, 2)))[:, None, None] * m.lin2(x)), (6, 7, 2), (6, 7, C), 2),
+    "class token first": (
+        Parts(lambda m, x: torch.cat([m.token.expand(x.shape[0], -1, -1), m.lin(x)], 1)), (6, 2), (7, C), 1,
+    ),
+    "norm over all": (Parts(lambda m, x: m.norm(m.conv(x))), (2, 3, 4), (C, 3, 4), 0),
+    "weights first": (Parts(lambda m, x: m.weight @ x), (2, 6), (C, 6), 0),
+    "unfolded": (
+        Parts(lambda m, x: m.weight.repeat(1, 9) @ F.unfold(x, 3)), (2, 5, 6), (C, 12), 0,
+    ),
+    "einsum": (Parts(lambda m, x: torch.einsum("oc,bct->bot", m.weight, x)), (2, 6), (C, 6), 0),
+    "einsum over maps": (Parts(lambda m, x: torch.einsum("bchw,oc->bohw", x, m.weight)), (2, 3, 4), (C, 3, 4), 0),
+    "tensordot": (
+        Parts(lambda m, x: torch.tensordot(x, m.weight, ([1], [1]))), (2, 3, 4), (3, 4, C), 2,
+    ),
+    "stacked": (Parts(lambda m, x: torch.stack([m.lin(x), 2 * m.lin(x)], 1)), (6, 2), (2, 6, C), 2),
+    "pairs": (Parts(lambda m, x: m.lin(x)[:, None, :, :] + m.lin(x)[:, :, None, :]), (6, 2), (6, 6, C), 2),
+    "repeated": (Parts(lambda m, x: m.lin(x)[:, :, None].repeat(1, 1, 2, 1)), (6, 2), (6, 2, C), 2),
+    "picked": (Parts(lambda m, x: m.lin(x)[:, m.some]), (6, 2), (2, 2, C), 2),
+    "spread": (Parts(lambda m, x: m.lin(x).unsqueeze(1).expand(-1, C, -1)), (2,), (C, C), 1),
     "T": (Layout(nn.Linear(2, C), lambda h: h.mT), (6, 2), (C, 6), 0),
 }  # fmt: skip
 
