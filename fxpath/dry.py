@@ -82,9 +82,15 @@ def _run(
     tensors = {name: parameter(tensor) for name, tensor in running.named_parameters()}
     tensors |= {name: other(tensor) for name, tensor in running.named_buffers()}
     given = pytree.tree_map(lambda leaf: other(leaf) if isinstance(leaf, Tensor) else leaf, tuple(inputs))
-    with put_back(running), torch.no_grad():
+    own = (part for part in running.modules() if not _is_plain(part))
+    with put_back(own), torch.no_grad():
         torch.func.functional_call(running, tensors, given)
     return interpreter
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether running a module changes nothing of it: one of torch's, but for recurrent ones with their lists."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.RNNBase)
 
 
 def _without_data(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import reduce
@@ -85,13 +86,22 @@ class _Writer:
         return fx.Proxy(node, self.tracer)
 
     def _bind(self) -> None:
-        """The model's own arguments, and what the graph reads of each; those that hold no tensor are left out."""
+        """The model's own arguments, and what the graph reads of each.
+
+        Those of the example that hold no tensor come last and have its values, and no others, as the graph does.
+        """
         old = [node for node in self.source.graph.nodes if node.op == "placeholder" and node.target != GATES]
         places = {
             name: [(path, place) for path, place in pytree.tree_flatten_with_path(tree)[0] if place is not None]
             for name, tree in self.traced.arguments.items()
         }
         given = {name: self._proxy(self.graph.placeholder(name)) for name, found in places.items() if found}
+        for name, value in self.traced.constants.items():
+            if name not in given and isinstance(value, _CONSTANTS):
+                own = self.graph.placeholder(name, default_value=value)
+                same = self.graph.call_function(operator.is_ if value is None else operator.eq, (own, value))
+                said = f"{name}: expected {value!r}, as in the example; it is part of the graph"
+                self.graph.call_function(torch._assert, (same, said))
         for name, argument in given.items():
             for path, place in places[name]:
                 self.values[old[place]] = reduce(lambda value, key: key.get(value), path, argument).node

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -24,23 +24,22 @@ def quietly(example: Samples) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
+def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
     """Undo what modules note about themselves while they are traced: proxies, fake tensors, activations.
 
     A forward that says `self.last = h`, or appends to a list, would keep them; `torch.export` replaces containers. A
-    buffer that forward writes to gets its values back.
+    buffer that forward writes to gets its values back. What is yielded does all this at once.
     """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    modules = list(modules)
+    attributes = [(module, dict(vars(module))) for module in modules]
     containers = [
         (value, value.copy())
         for _, named in attributes
         for value in named.values()
         if isinstance(value, list | dict | set) and value is not named
     ]
-    try:
-        with kept_buffers(model):
-            yield
-    finally:
+
+    def restore() -> None:
         for module, named in attributes:
             now = vars(module)
             for name in now.keys() - named.keys():
@@ -49,6 +48,13 @@ def put_back(model: nn.Module) -> Iterator[None]:
         for container, content in containers:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
+        restore_buffers()
+
+    with kept_buffers(modules) as restore_buffers:
+        try:
+            yield restore
+        finally:
+            restore()
 
 
 @contextlib.contextmanager

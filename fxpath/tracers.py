@@ -45,12 +45,15 @@ class PathTracer(fx.Tracer):
         super().__init__(param_shapes_constant=True)
         self.leaves = tuple(leaves)
         self.buffers_as_nodes = False
+        self._buffer_names: dict[int, str] = {}
         self.scripted: list[str] = []
         self.autocast: str | None = None
         self._autocast_before: tuple[Any, ...] = ()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self._autocast_before = _autocast_state()
+        if self.buffers_as_nodes:
+            self._buffer_names = {id(buffer): name for name, buffer in root.named_buffers()}
         with _functions_recorded(self):
             return super().trace(root, concrete_args)
 
@@ -75,12 +78,11 @@ class PathTracer(fx.Tracer):
         return InPlaceProxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if self.buffers_as_nodes and isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
-            name = next((name for name, buffer in self.root.named_buffers() if buffer is attr_val), None)
-            if name is not None:
-                if name not in parameter_proxy_cache:
-                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-                return parameter_proxy_cache[name]
+        name = self._buffer_names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is not None:
+            if name not in parameter_proxy_cache:
+                parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+            return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .branches import BranchTracer
-from .equality import answer, odd_part
+from .equality import answer, odd_part, require_own_answers
 from .equality import check as check_equal
 from .errors import InputError, ModelError, TraceError, TraceWarning
 from .inplace import AliasError, remove_in_place
@@ -41,7 +41,8 @@ class Traced:
     `graph_module` takes the flat list that `bind` makes of samples and returns what `unbind` turns into the module's
     output. Every node's `meta["fxpath_name"]` is its qualified name. `difference` is the largest absolute difference
     from the module's outputs that was seen (0 means bit-identical); `checked` are the batch sizes compared.
-    `arguments` are the model's, by name: each a tree with the number of an input of the graph, or None, at each leaf.
+    `arguments` are the model's, by name: each a tree with the number of an input of the graph, or None, at each leaf;
+    `constants` are those of the example that hold no tensor.
     `notes` say what failed on the way, `remarks` what the graph holds that its sites do not show.
     """
 
@@ -53,6 +54,7 @@ class Traced:
     difference: float = 0.0
     notes: list[str] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     def __call__(self, samples: Samples) -> Any:
@@ -86,23 +88,26 @@ def trace_module(
     first: Exception | None = None
     attempts: list[str] = []
     try:
-        with quietly(example), put_back(model):
+        with quietly(example), put_back(model.modules()) as restore:
             example = example.map(lambda leaf: leaf.detach().clone() if leaf.is_inference() else leaf.detach())
             expected = answer(model, example) if check else None
             for name, way in _ways(model, example, tracer, (*leaves, *kinds), fix_branches):
                 try:
-                    with plain_attention(), put_back(model):  # one way of tracing does not see what another left
+                    with plain_attention():
                         traced = way()
                     require_open(traced.graph_module)
                     if check:
                         check_equal(model, traced, example, expected)
+                        require_own_answers(model, traced, example)
                     name_nodes(traced.graph_module)
+                    traced.constants = _constants(model, example)
                     traced.notes += attempts
                     break
                 except Exception as error:
                     mendable = isinstance(error, InputError | ModelError) and not isinstance(error, TraceError)
                     if mendable or isinstance(error, torch.OutOfMemoryError):
                         raise
+                    restore()  # one way of tracing does not see what another left
                     first = first or error
                     attempts.append(described(name, error))
             else:
@@ -164,12 +169,12 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
     given = dict(zip(names, example.args, strict=False)) | example.kwargs
     constants = {p.name: p.default for p in parameters if p.name not in given}
     constants |= {name: value for name, value in given.items() if not pytree.tree_any(_is_tensor, value)}
-    graph = tracer.trace(model, concrete_args=constants or None)
-    if type(tracer) is PathTracer and _holds_constants(graph):
-        # what was computed from buffers while tracing would not see their later changes
+    graph = None
+    if type(tracer) is PathTracer:  # what is computed from buffers then sees their later changes
         leaves = tracer.leaves
-        again = unless_it_fails(lambda: _with_buffers(model, leaves, constants))
-        tracer, graph = again or (tracer, graph)
+        found = unless_it_fails(lambda: _with_buffers(model, leaves, constants))
+        tracer, graph = found or (tracer, None)
+    graph = graph or tracer.trace(model, concrete_args=constants or None)
     if isinstance(tracer, PathTracer) and tracer.autocast is not None:
         raise TraceError(f"forward switches torch.autocast ({tracer.autocast}), which symbolic_trace would lose")
     module = fx.GraphModule(tracer.root, graph, type(model).__name__)
@@ -187,8 +192,10 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
     return Traced(module, "symbolic_trace", bind, lambda output: output, arguments=places, remarks=remarks)
 
 
-def _holds_constants(graph: fx.Graph) -> bool:
-    return any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes)
+def _constants(model: nn.Module, example: Samples) -> dict[str, Any]:
+    """The example's arguments that hold no tensor, by name."""
+    given = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments | example.kwargs
+    return {name: value for name, value in given.items() if not pytree.tree_any(_is_tensor, value)}
 
 
 def _with_buffers(

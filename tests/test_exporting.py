@@ -32,9 +32,10 @@ def some(network: fxpath.Network, batch: int, share: float = 0.6, seed: int = 1)
 
 
 def arguments(module: fx.GraphModule, x: Any) -> dict[str, Any]:
-    """The inputs by the names that the module has for them; what is no tensor is part of it."""
+    """The inputs by the names that the module has for them; what is no tensor may be left out."""
     samples = Samples(x)
-    names = list(inspect.signature(module.forward).parameters)
+    parameters = inspect.signature(module.forward).parameters
+    names = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
     places = [arg for arg in samples.args if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arg))]
     given = dict(zip(names, places, strict=False)) | samples.kwargs
     return {name: given[name] for name in names}
@@ -314,14 +315,15 @@ class ShapeChecked(TwoInputs):
 def test_inputs_are_the_models_own() -> None:
     expected = {
         "Plain": ["x"], "TwoInputs": ["left", "right"], "DictInput": ["left", "right"], "NestedInput": ["batch"],
-        "OptionalGiven": ["x", "mask"], "OptionalByName": ["x"], "PairArgument": ["x"],
+        "OptionalGiven": ["x", "mask", "double"], "OptionalByName": ["x", "scale"], "PairArgument": ["x"],
         "StarArguments": ["inputs_0", "inputs_1"], "GatesArgument": ["left", "fxpath_gates"], "ChunkInPlace": ["x"],
     }  # fmt: skip
     for name, names in expected.items():
         module = traced(name).export(some(traced(name), 1))
         found = inspect.signature(module.forward).parameters
         assert list(found) == names
-        assert all(parameter.default is inspect.Parameter.empty for parameter in found.values())
+        fixed = {name: each.default for name, each in found.items() if each.default is not inspect.Parameter.empty}
+        assert fixed == {"OptionalGiven": {"double": True}, "OptionalByName": {"scale": 2.0}}.get(name, {})
     x = {
         "shift": torch.randn(3, 4),
         "batch": {"right": torch.randn(3, 4), "pair": (torch.randn(3, 1), torch.randn(3, 3), 2.5)},
@@ -330,7 +332,7 @@ def test_inputs_are_the_models_own() -> None:
     network = fxpath.trace(ShapeChecked().eval(), x)
     assert network.traced.tracer == "torch.export"
     module = require_equal(network, some(network, 3), x, None)
-    assert list(inspect.signature(module.forward).parameters) == ["batch", "shift"]
+    assert list(inspect.signature(module.forward).parameters) == ["batch", "shift", "name"]
 
 
 Pair = namedtuple("Pair", ["last", "first"])
@@ -500,3 +502,30 @@ def test_arguments_are_counted_through_all_inputs() -> None:
     }  # fmt: skip
     found = Samples({"late": x, "scale": 2.0, "first": [x, x]}).places(signature)
     assert list(found.items()) == [("first", [2, 3]), ("scale", None), ("late", 0)]
+
+
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, double: bool = False, *more: Tensor) -> Tensor:
+        return self.head(torch.relu(self.fc(x))) * (2 if double else 1)
+
+
+class Bound(Flagged):
+    def forward(self, x: Tensor, double: bool = False) -> Tensor:  # type: ignore[override]
+        return super().forward(x, double)
+
+
+@pytest.mark.parametrize("kind", [Bound, Flagged])
+def test_arguments_that_are_no_tensors_are_taken_with_their_value(kind: type[Flagged]) -> None:
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, 4)
+    example = {"x": x, "double": True}
+    network = fxpath.trace(model, example)
+    module = network.export(fxpath.NeuronMCT().scores(network, example).pathways(0.2), at=example)
+    assert torch.equal(module(**example), model(**example))
+    assert torch.equal(module(x), model(**example)), "and may be left out"
+    with pytest.raises(AssertionError, match="double: expected True, as in the example"):
+        module(x=x, double=False)

@@ -23,7 +23,7 @@ from networks import BY_NAME, DataBranch
 from torch import Tensor, nn
 
 import fxpath
-from fxpath.errors import FxpathError, SmoothSitesWarning
+from fxpath.errors import FxpathError, InputError, SmoothSitesWarning
 from fxpath.gates import Restriction
 from fxpath.pathways import Pathways
 from fxpath.samples import Samples
@@ -209,7 +209,8 @@ def test_nothing_is_left_behind_when_the_response_fails(model: Sighted, x: Tenso
             with unchanged(model, network._module):
                 try:
                     call(network, x, pathways)
-                except ArithmeticError:
+                except InputError as error:
+                    assert "this response fails" in str(error)  # noqa: PT017
                     raised = True
             assert raised == (name not in NO_RESPONSE), name
             assert record.alive() == 0, name
