@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from .errors import BranchError, ModelError, TraceError
 from .outputs import plain
 from .samples import Samples
-from .trials import unless_it_fails
 
 if TYPE_CHECKING:
     from .tracing import Traced
@@ -155,33 +154,6 @@ def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> 
         traced.notes.append(f"the module's own gradient cannot be taken, so the graph's was not compared: {problem}")
     elif slopes is not None and not _same_slopes(slopes, slopes_found):
         raise TraceError(f"the graph of {traced.tracer} has another gradient than the module at batch {second.batch}")
-
-
-def require_own_answers(model: nn.Module, traced: Traced, example: Samples) -> None:
-    """Raise `ModelError` where what is said of one sample depends on the others of its batch.
-
-    Seen by the gradient of the first of two samples' outputs in the other's inputs. Outputs without a batch axis in
-    front, and models that have no gradient in their inputs, are not looked at.
-    """
-    slopes = unless_it_fails(lambda: _slopes_of_first(traced, example.take([0, min(1, example.batch - 1)]))) or []
-    if any(slope is not None and bool((slope[1:].abs() > 0).any()) for slope in slopes):
-        raise ModelError(
-            f"trace: what {type(model).__name__} says of a sample depends on the others of its batch (a mean, norm or "
-            "a comparison over the batch axis), and a pathway is of one sample alone; take that out, or make such a "
-            "group one sample with an axis of its own"
-        )
-
-
-def _slopes_of_first(traced: Traced, pair: Samples) -> Sequence[Tensor | None]:
-    """The gradient of the first sample's outputs in all floating inputs."""
-    tracked = pair.map(lambda leaf: leaf.clone().requires_grad_(leaf.is_floating_point()))
-    goals = [leaf for leaf in tracked.tensors if leaf.requires_grad]
-    with torch.random.fork_rng(generators(pair.tensors)), torch.enable_grad():
-        leaves = [leaf for leaf in pytree.tree_leaves(plain(traced(tracked))) if isinstance(leaf, Tensor)]
-        own = [leaf[0].sum() for leaf in leaves if leaf.requires_grad and leaf.ndim and leaf.shape[0] == pair.batch]
-        if not own or not goals:
-            return []
-        return torch.autograd.grad(torch.stack([value.real.float() for value in own]).sum(), goals, allow_unused=True)
 
 
 def _of_graph(traced: Traced, samples: Samples, run: Callable[[], Any]) -> Any:

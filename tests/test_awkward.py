@@ -1319,19 +1319,3 @@ def test_responses_that_fail_or_are_no_numbers() -> None:
         fxpath.NeuronMCT().scores(network, x)
     with pytest.raises(InputError, match=r"expected dense inputs, found torch\.sparse_coo"):
         network(x.to_sparse())
-
-
-@pytest.mark.parametrize(
-    "mix",
-    [
-        lambda h: h - h.mean(0),
-        lambda h: h / h.norm(dim=0),
-        lambda h: h.softmax(0),
-        lambda h: h + h.flip(0),
-    ],
-)
-def test_samples_that_mix_are_refused(mix: Callable[[Tensor], Tensor]) -> None:
-    torch.manual_seed(0)
-    model = Layers(lambda self, x: self.h(mix(F.relu(self.f(x))))).eval()
-    with pytest.raises(ModelError, match="what Layers says of a sample depends on the others of its batch"):
-        fxpath.trace(model, torch.randn(3, 4))
