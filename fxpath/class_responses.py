@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +19,23 @@ from .samples import class_numbers, type_of_target
 OBVIOUS = ("logits", "out")  # where transformers and torchvision's segmentation networks keep class scores
 
 
+class _ClassScores:
+    """What responses that read class scores share: a part of the output, and a place in it."""
+
+    output: type_of_part
+    at: Place | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", checked_path(self.output))
+        if self.at is not None and (isinstance(self.at, type) or not isinstance(self.at, Place)):
+            raise InputError(f"at: expected a place such as Pixel(row, column) or Region(), found {self.at!r}")
+
+    def logits(self, output: Any) -> Tensor:
+        return _at(cast(ClassResponse, self), output)
+
+
 @dataclass(frozen=True)
-class Logit:
+class Logit(_ClassScores):
     """The pre-softmax score of the target class (the paper's response, §3).
 
     `output` picks a part of the output: a key, index or field's name, or a tuple of these, a path. It may be left out
@@ -32,22 +47,16 @@ class Logit:
     output: type_of_part = None
     at: Place | None = None
 
-    def __post_init__(self) -> None:
-        _check_parts(self)
-
     @property
     def name(self) -> str:
         return _name("logit", self)
-
-    def logits(self, output: Any) -> Tensor:
-        return _at(self, output)
 
     def __call__(self, output: Any, target: Tensor | None) -> Tensor:
         return _of_target(self.logits(output), target)
 
 
 @dataclass(frozen=True)
-class Probability:
+class Probability(_ClassScores):
     """The softmax probability of the target class; over a region the mean of its points' probabilities.
 
     `output` and `at` are those of `Logit`. Class scores of a region are logarithms of these means, so that their
@@ -56,9 +65,6 @@ class Probability:
 
     output: type_of_part = None
     at: Place | None = None
-
-    def __post_init__(self) -> None:
-        _check_parts(self)
 
     @property
     def name(self) -> str:
@@ -72,7 +78,7 @@ class Probability:
 
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(_ClassScores):
     """The target's logit minus another's: minus class `against`, or minus the largest of the others.
 
     `output` and `at` are those of `Logit`; over a region both logits are means, and the largest is the largest mean.
@@ -82,15 +88,9 @@ class Margin:
     output: type_of_part = None
     at: Place | None = None
 
-    def __post_init__(self) -> None:
-        _check_parts(self)
-
     @property
     def name(self) -> str:
         return _name("margin", self, against=self.against)
-
-    def logits(self, output: Any) -> Tensor:
-        return _at(self, output)
 
     def __call__(self, output: Any, target: Tensor | None) -> Tensor:
         scores = self.logits(output)
@@ -107,12 +107,6 @@ class Margin:
 
 
 ClassResponse: TypeAlias = Logit | Probability | Margin
-
-
-def _check_parts(response: ClassResponse) -> None:
-    object.__setattr__(response, "output", checked_path(response.output))
-    if response.at is not None and (isinstance(response.at, type) or not isinstance(response.at, Place)):
-        raise InputError(f"at: expected a place such as Pixel(row, column) or Region(), found {response.at!r}")
 
 
 def _path(response: ClassResponse) -> tuple[Any, ...]:

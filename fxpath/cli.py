@@ -98,6 +98,7 @@ def list_sites(
     weights: Weights = None,
     sites: Sites = None,
     granularity: Granularity = "unit",
+    response: Annotated[str, typer.Option(help=_RESPONSE)] = "logit",
     tree: Annotated[bool, typer.Option("--tree", help="the sites as a tree of modules instead")] = False,
     dot: Annotated[Path | None, typer.Option(help="write the site graph: .dot, .gv, .svg, .png or .pdf")] = None,
     as_json: Json = False,
@@ -113,7 +114,7 @@ def list_sites(
     random = weights is None and model.startswith(("torchvision:", "timm:"))
     with redirect_stdout(sys.stderr):  # what a user's own module prints is no JSON
         loaded = load_model(model, weights="random" if random else weights)
-        network = traced(loaded, sites, granularity, "logit", "cpu")
+        network = traced(loaded, sites, granularity, response, "cpu")
     index = network.index
     summary = (
         f"{loaded.name}: {len(index)} sites, {index.size:,} neurons, traced by {network.traced.tracer}, "

@@ -14,10 +14,10 @@ from .surroundings import put_back
 
 RUNS_HOOKS = "fxpath_runs_hooks"  # attribute of functions that call the hooks of modules
 
-# their output is shaped and laid out in memory as their input; torch takes long to find that out
+# their output is shaped and (not LayerNorm's) laid out in memory as their input; torch takes long to find that out
 _KEEPING = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid,
-    nn.Sigmoid,
+    nn.Sigmoid, nn.LayerNorm,
 )  # fmt: skip
 
 
@@ -29,8 +29,9 @@ class DryInterpreter(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         keeping = self.dry and type(module) in _KEEPING and not getattr(module, "inplace", False)
-        if keeping and len(args) == 1 and not altered(module):
-            return torch.empty_like(args[0])
+        if keeping and len(args) == 1 and args[0].is_floating_point() and not altered(module):
+            dense = isinstance(module, nn.LayerNorm)
+            return torch.empty_like(args[0], memory_format=torch.contiguous_format if dense else torch.preserve_format)
         return super().call_module(target, args, kwargs)
 
 

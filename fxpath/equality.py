@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from .errors import BranchError, ModelError, TraceError
 from .outputs import plain
 from .samples import Samples
+from .trials import unless_it_fails
 
 if TYPE_CHECKING:
     from .tracing import Traced
@@ -120,10 +121,11 @@ def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> 
     """Compare the graph with the module; raises `TraceError` where they differ by more than rounding.
 
     Outputs on the example, of which the module's is `expected`, and on a second batch size, there with the gradient in
-    the input. Fills in `traced.checked` and `traced.difference`.
+    the input. Fills in `traced.checked` and `traced.difference`; samples that see each other are a remark.
     """
     found = _of_graph(traced, example, lambda: _run(lambda: traced(example), example))
     _compare(model, traced, example, expected, found)
+    whole = expected
     second = example.take([0]) if example.batch > 1 else example.take([0, 0])
     wanted = None if _moving(example) else _first_parameter(model, traced)
     problem, slopes = None, None
@@ -147,6 +149,8 @@ def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> 
         traced.notes.append(f"no second batch size was compared, as it takes another branch: {error}")
         return
     _compare(model, traced, second, expected, found)
+    if _mixes(traced, example, whole, expected):
+        traced.remarks.append(_MIXED.format(type(model).__name__))
     if slopes is not None and not any(bool(slope.any()) for slope in slopes):  # all is dead for this sample
         _, slopes = _with_slopes(lambda samples: _call(model, samples), example, wanted)
         _, slopes_found = _of_graph(traced, example, lambda: _with_slopes(traced, example, wanted))
@@ -154,6 +158,34 @@ def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> 
         traced.notes.append(f"the module's own gradient cannot be taken, so the graph's was not compared: {problem}")
     elif slopes is not None and not _same_slopes(slopes, slopes_found):
         raise TraceError(f"the graph of {traced.tracer} has another gradient than the module at batch {second.batch}")
+
+
+_MIXED = (
+    "what {} says of a sample depends on the others of its batch (a mean, a norm or a comparison along the batch axis, "
+    "batch normalisation without running statistics), and so do scores and pathways; give samples one at a time, or "
+    "make of such a group one sample with an axis of its own"
+)
+
+
+def _mixes(traced: Traced, example: Samples, together: Any, alone: Any) -> bool:
+    """Whether the first sample's output is another one beside others than it is alone.
+
+    An example of one sample is put beside itself with its numbers in reverse.
+    """
+    if example.batch == 1:
+        pair = unless_it_fails(lambda: example.map(lambda leaf: torch.cat([leaf, leaf.flip(tuple(range(leaf.ndim)))])))
+        alone = together
+        together = unless_it_fails(lambda: _run(lambda: traced(pair), pair))
+    leaves = zip(pytree.tree_leaves(plain(alone)), pytree.tree_leaves(plain(together)), strict=False)
+    return any(_another(one, two) for one, two in leaves if isinstance(one, Tensor) and isinstance(two, Tensor))
+
+
+def _another(alone: Tensor, together: Tensor) -> bool:
+    """Whether the one row of `alone` and the first of `together` differ by more than other sizes of batches make."""
+    if not alone.is_floating_point() or alone.shape[:1] != (1,) or alone.shape[1:] != together.shape[1:]:
+        return False
+    gap, *sizes = (float(each.norm()) for each in (alone - together[:1], alone, together[:1]))
+    return bool(gap > max(1e-3, torch.finfo(alone.dtype).eps ** 0.5) * max(sizes))  # False where it is NaN
 
 
 def _of_graph(traced: Traced, samples: Samples, run: Callable[[], Any]) -> Any:

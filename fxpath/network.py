@@ -28,7 +28,7 @@ from .outcomes import find_original, find_outcome, require_finite_response
 from .outputs import mapped
 from .padding import RealNeurons
 from .pathways import Pathways
-from .responses import Hidden, Response, checked_response, logit, resolve_target, respond
+from .responses import Hidden, Response, checked_response, logit, require_fit, resolve_target, respond
 from .rewriting import insert_gates, site_edges
 from .samples import Samples, type_of_target
 from .suffixes import Parts, Suffix
@@ -66,7 +66,8 @@ def trace(
     class token in front) or folded.
 
     Raises `ModelError` (training mode, cannot run on x), `TraceError` (no graph equals the model), `SiteError` (no
-    activation found; an axis of T of which the trial cannot say that it holds the tokens), `InputError` (padding).
+    activation found; an axis of T of which the trial cannot say that it holds the tokens), `InputError` (padding, a
+    response other than the default that the model's output does not fit).
 
     >>> from torch import nn
     >>> network = trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.ones(2, 3))
@@ -80,8 +81,9 @@ def trace(
     kinds = sites if isinstance(sites, Sequence) and not isinstance(sites, str) else [sites]
     types = tuple(kind for kind in kinds if isinstance(kind, type))
     traced = trace_module(
-        model, samples, tracer=tracer, leaves=leaves, kinds=types, fix_branches=fix_branches, check=check
-    )
+        model, samples, tracer=tracer, leaves=leaves, kinds=types, fix_branches=fix_branches, check=check,
+        answered=lambda output: require_fit(explained, output),
+    )  # fmt: skip
     return Network(traced, samples, sites=sites, granularity=granularity, response=explained, padding=padding)
 
 

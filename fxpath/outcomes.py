@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .answers import Original, Outcome
-from .errors import InputError, RestrictionError, SampleError
+from .errors import InputError, ModelError, RestrictionError, SampleError
 from .gates import Gates, Restriction, note_positive
 from .pathways import Pathways, pack_bits
 from .responses import respond
@@ -90,7 +90,12 @@ def find_outcome(
 
 
 def require_finite_response(value: Tensor, samples: Samples) -> None:
-    """Raise `SampleError` for samples whose response `(B,)` is NaN or infinite."""
+    """Raise `SampleError` for samples whose response `(B,)` is NaN or infinite; `ModelError` where none has a value."""
+    if value.is_meta:
+        raise ModelError(
+            "response: the network is on the meta device, where nothing has a value; its sites and their shapes are "
+            "all that can be asked for. Trace the model with its weights on a real device"
+        )
     bad = torch.nonzero(~torch.isfinite(value)).flatten().tolist()
     if bad:
         raise SampleError(

@@ -22,10 +22,14 @@ _ELEMENTWISE = (
     _ABOVE | _BELOW | _PRODUCT | _CASTS | _GATES
     | _QUOTIENT
     | {"add", "sub", "rsub", "pow", "square", "neg", "abs", "sign", "log1p", "log", "sqrt", "rsqrt", "reciprocal",
-       "expm1", "where", "maximum", "minimum", "clamp_min", "clamp_max"}
+       "expm1", "where", "maximum", "minimum", "clamp_min", "clamp_max", "heaviside"}
 )  # fmt: skip
 _CONSTANTS = ("_tensor_constant", "lifted_tensor")
+_MAXIMUM = {"maximum", "max", "fmax"}
+_LAST = _PRODUCT | _QUOTIENT | _MAXIMUM | {"where", "log", "log1p", "reciprocal"}  # of formulas of one x
 _QUOTIENTS = {frozenset({"abs", "add"}): "softsign", frozenset({"neg", "exp", "add"}): "silu"}  # of x, by these
+_INVERSES = {frozenset({"neg", "exp", "add"}): "sigmoid"}  # of what these make of x
+_LOGARITHMS = {("log1p", frozenset({"exp"})): "softplus", ("log", frozenset({"exp", "add"})): "softplus"}
 _LARGEST = 16  # nodes of a formula
 
 
@@ -40,18 +44,18 @@ class Formula:
 
 
 def formulas_of(graph: fx.Graph) -> list[Formula]:
-    """Every formula that the graph spells out, in order of execution; a node is part of one at most."""
+    """Every formula that the graph spells out; a node is part of one at most, the largest."""
     found: list[Formula] = []
     taken: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in reversed(graph.nodes):
         name = plain_name(node)
         formula = _rectifier(node, name)
-        if formula is None and name in _PRODUCT | {"where"} | _QUOTIENT:
+        if formula is None and name in _LAST:
             formula = _of_one(node, str(name))
         if formula is not None and not taken & {formula.node, *formula.within}:
             found.append(formula)
             taken |= {formula.node, *formula.within}
-    return found
+    return found[::-1]
 
 
 def _is_zero(value: Any) -> bool:
@@ -78,6 +82,11 @@ def _compared(node: Any) -> tuple[fx.Node, bool] | None:
     """x and whether it is `x > 0` rather than `x < 0` (or with equality); casts are looked through."""
     while isinstance(node, fx.Node) and plain_name(node) in _CASTS:
         node = node.args[0]
+    if isinstance(node, fx.Node) and plain_name(node) == "heaviside":
+        step = argument(node, 0, "input", "self")
+        while isinstance(step, fx.Node) and plain_name(step) in _CASTS:  # it has no gradient: x is detached before
+            step = step.args[0]
+        return (step, True) if isinstance(step, fx.Node) else None
     if not isinstance(node, fx.Node) or plain_name(node) not in _ABOVE | _BELOW:
         return None
     left, right = argument(node, 0, "input", "self"), argument(node, 1, "other")
@@ -95,7 +104,7 @@ def _choice(node: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _rectifier(node: fx.Node, name: str | None) -> Formula | None:
-    """`where(x > 0, x, 0)`, `masked_fill(x, x < 0, 0)`, `x * (x > 0)`, `maximum(x, 0)`."""
+    """`where(x > 0, x, 0)`, `masked_fill(x, x < 0, 0)`, `x * (x > 0)`, `maximum(x, 0)`, `(x + |x|) / 2`."""
     x: Any = None
     first, second = argument(node, 0, "input", "self"), argument(node, 1, "other")
     if name == "where":
@@ -109,12 +118,41 @@ def _rectifier(node: fx.Node, name: str | None) -> Formula | None:
         x = first if _compared(mask) == (first, False) and _is_zero(value) else None
     elif name in _PRODUCT:
         x = next((one for one, two in ((first, second), (second, first)) if _compared(two) == (one, True)), None)
-    elif name in ("maximum", "max", "fmax"):  # max(x, 0) with the number 0 is a maximum along axis 0
+        x = x or next((_doubled(one) for one, two in ((first, second), (second, first)) if _positive(two)), None)
+    elif name in _QUOTIENT:
+        x = _doubled(first) if _positive(second) else None
+    elif name == "add":
+        x = _doubled(node)
+    elif name in _MAXIMUM:  # max(x, 0) with the number 0 is a maximum along axis 0
         x = first if isinstance(second, fx.Node) and _is_zero(second) else None
         x = second if isinstance(first, fx.Node) and _is_zero(first) else x
     if not isinstance(x, fx.Node):
         return None
     return Formula(node, "relu", True, _between(node, x))
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _doubled(node: Any) -> fx.Node | None:
+    """The x of `x + |x|`, which is twice its rectifier."""
+    if not isinstance(node, fx.Node) or plain_name(node) != "add" or node.kwargs.get("alpha", 1) != 1:
+        return None
+    first, second = argument(node, 0, "input", "self"), argument(node, 1, "other")
+    for one, two in ((first, second), (second, first)):
+        if isinstance(one, fx.Node) and isinstance(two, fx.Node) and plain_name(two) in ("abs", "absolute"):
+            return one if argument(two, 0, "input", "self") is one else None
+    return None
+
+
+def _leak(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a maximum is one of x and a share of it, `max(x, 0.1 * x)`."""
+    others = [each for each in node.all_input_nodes if each is not x]
+    if x not in node.args or len(others) != 1 or plain_name(others[0]) not in _PRODUCT:
+        return False
+    factors = [each for each in others[0].args if each is not x]
+    return len(factors) == 1 and isinstance(factors[0], int | float) and 0 < factors[0] < 1
 
 
 def _between(node: fx.Node, x: fx.Node) -> frozenset[fx.Node]:
@@ -148,8 +186,8 @@ def _closure(node: fx.Node, x: fx.Node, *, zeros: bool = False) -> set[fx.Node] 
 def _of_one(node: fx.Node, name: str) -> Formula | None:
     """A formula of one x that is no rectifier.
 
-    x · g(x) with g made of sigmoid, tanh, erf … (SiLU, GELU, Mish, Hardswish); x / (1 + |x|); what `where` puts
-    together of pieces, by comparing x or |x|.
+    x · g(x) with g made of sigmoid, tanh, erf … (SiLU, GELU, Mish, Hardswish); x / (1 + |x|); 1 / (1 + exp(-x));
+    log(1 + exp(x)); max(x, 0.1 x); what `where` puts together of pieces, by comparing x or |x|.
     """
     sources = [node]
     seen: set[fx.Node] = set()
@@ -161,10 +199,10 @@ def _of_one(node: fx.Node, name: str) -> Formula | None:
             kinds = {each for each in within if each in _GATES}
             if name == "where":
                 return Formula(node, "piecewise", False, frozenset(closed - {node})) if _decides(node, closed) else None
-            if name in _QUOTIENT:
-                op = _QUOTIENTS.get(frozenset(within)) if node.args[0] is x else None
-                return Formula(node, op, False, frozenset(closed - {node})) if op else None
-            if kinds and _reaches_plainly(node, x, closed):
+            op = None if name in _PRODUCT else _by_inner(node, name, x, frozenset(within))
+            if op is not None:
+                return Formula(node, op, False, frozenset(closed - {node}))
+            if name in _PRODUCT and kinds and _reaches_plainly(node, x, closed):
                 last, more = _scaled(node, kinds)
                 return Formula(last, _called(kinds, closed), False, frozenset((closed | more) - {last}))
         for source in x.all_input_nodes:
@@ -172,6 +210,21 @@ def _of_one(node: fx.Node, name: str) -> Formula | None:
                 seen.add(source)
                 sources.append(source)
     return None
+
+
+def _by_inner(node: fx.Node, name: str, x: fx.Node, within: frozenset[str]) -> str | None:
+    """The activation that a quotient, an inverse, a logarithm or a maximum is, by what is within."""
+    if name in _MAXIMUM:
+        return "leaky_relu" if _leak(node, x) else None
+    if name in ("log", "log1p"):
+        return _LOGARITHMS.get((name, within))
+    if name == "reciprocal" or (node.args and _is_one(node.args[0])):
+        return _INVERSES.get(within)
+    return _QUOTIENTS.get(within) if node.args[0] is x else None
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 1
 
 
 def _decides(node: fx.Node, closed: set[fx.Node]) -> bool:
@@ -219,7 +272,7 @@ def _called(kinds: set[str], closed: set[fx.Node]) -> str:
         return "mish" if kinds & {"softplus", "exp"} else "gelu"
     if kinds & {"relu6", "hardtanh", "hardsigmoid", "clamp", "clip"}:
         return "hardswish"
-    if kinds & {"sigmoid", "expit"}:
+    if kinds & {"sigmoid", "expit"} or (kinds == {"exp"} and {"neg", "add"} <= {plain_name(each) for each in closed}):
         scaled = [each for each in closed if plain_name(each) in _PRODUCT and any(_near(a, 1.702) for a in each.args)]
         return "quick_gelu" if scaled else "silu"
     return "self_gated"

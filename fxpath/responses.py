@@ -23,7 +23,7 @@ from .samples import type_of_target
 __all__ = [
     "ClassResponse", "Detection", "Hidden", "Logit", "Margin", "Mask", "Neuron", "OutputFunction", "Pixel", "Place",
     "Probability", "Region", "Response", "Token", "checked_response", "detection", "identity", "logit", "margin",
-    "neuron", "pixel", "probability", "region", "resolve_target", "respond", "sequence_of", "token",
+    "neuron", "pixel", "probability", "region", "require_fit", "resolve_target", "respond", "sequence_of", "token",
 ]  # fmt: skip
 
 
@@ -230,6 +230,12 @@ def respond(response: Response, output: Any, target: Tensor | None, batch: int) 
             f"{value.dtype}; a count or a class number has none"
         )
     return value
+
+
+def require_fit(response: Response, output: Any) -> None:
+    """Raise `InputError` where an output has nothing that a response of classes, chosen on purpose, could read."""
+    if isinstance(response, Logit | Probability | Margin) and response != logit:
+        response(output, resolve_target(response.logits(output), None))
 
 
 def sequence_of(target: type_of_target, batch: int) -> Sequence[int]:

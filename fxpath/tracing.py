@@ -70,15 +70,17 @@ def trace_module(
     kinds: Sequence[type[nn.Module]] = (),
     fix_branches: bool = False,
     check: bool = True,
+    answered: Callable[[Any], None] = lambda _: None,
 ) -> Traced:
     """Trace `model` on an example batch.
 
     A `tracer` of one's own replaces fxpath's (then `torch.export` is not tried); `leaves` are module types not to be
     looked into, and so are `kinds`, which will be sites. With `fix_branches`, a branch on values that no tracer follows
     is taken as the example takes it, and inputs that take another raise `BranchError`. With `check`, the graph's output
-    is compared with the module's on the example and on a second batch size, and its gradient on the second. What a user
-    must know of the graph is a `TraceWarning`. Raises `ModelError` for a model that cannot be traced as it is (training
-    mode, quantised, TorchScript …) and `TraceError`, naming the line, where no graph equals the module.
+    is compared with the module's (which `answered` sees first) on the example and on a second batch size, and its
+    gradient on the second. What a user must know of the graph, such as samples that see each other, is a
+    `TraceWarning`. Raises `ModelError` for a model that cannot be traced as it is (training mode, quantised,
+    TorchScript …) and `TraceError`, naming the line, where no graph equals the module.
     """
     if tracer is not None and fix_branches:
         raise InputError("trace: fix_branches needs fxpath's own tracer; leave out one of tracer=… and fix_branches")
@@ -91,6 +93,8 @@ def trace_module(
         with quietly(example), put_back(model.modules()) as restore:
             example = example.map(lambda leaf: leaf.detach().clone() if leaf.is_inference() else leaf.detach())
             expected = answer(model, example) if check else None
+            if check:
+                answered(expected)
             for name, way in _ways(model, example, tracer, (*leaves, *kinds), fix_branches):
                 try:
                     with plain_attention():

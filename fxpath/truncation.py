@@ -33,6 +33,8 @@ def truncated(
     if response.site not in nodes:
         raise SiteError(f"neuron: {unknown('node', response.site, nodes)}")
     end = nodes[response.site]
+    site = _block(traced, example, end)
+    fitting = response.located(site)
     needed = ancestors([end])
     leading = [site for site in sites if site.node in needed]
     if not leading:
@@ -40,8 +42,6 @@ def truncated(
             f"neuron: no site leads to {response.site}, so there are no neurons that it could depend on; take a later "
             "node, or choose other sites with sites=…"
         )
-    site = _block(traced, example, end)
-    fitting = response.located(site)
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (end,)
     for node in reversed(list(graph.nodes)):

@@ -134,6 +134,7 @@ class Case:
     inputs: Callable[[int], Any] = rows
     tracer: str = "symbolic_trace"
     options: dict[str, Any] = field(default_factory=dict)
+    mixes: bool = False  # samples see each other
     sets_weights: bool = False  # every run of the module sets tensors of its own anew
 
     def model(self) -> nn.Module:
@@ -569,9 +570,14 @@ CASES = (
         "torch.export",
     ),
     Case("deep recursion", lambda: Layers(recursive), {f"relu{f'_{n}' if n else ''}": FOUR for n in range(12)}),
-    Case("values of tensors, not asked for", lambda: Layers(measured_values), ONE),
+    Case("values of tensors, not asked for", lambda: Layers(measured_values), ONE, mixes=True),
     Case("assignment by a boolean index", lambda: Layers(assigned_values), ONE, tracer="torch.export"),
 )  # fmt: skip
+
+
+def mixing(mixes: bool) -> contextlib.AbstractContextManager[Any]:
+    """Where samples see each other, tracing warns of it."""
+    return pytest.warns(TraceWarning, match="the others of its batch") if mixes else contextlib.nullcontext()
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of reentrant checkpoints
@@ -581,12 +587,12 @@ def test_works(case: Case) -> None:
     x = case.inputs(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SmoothSitesWarning)
-        with contextlib.nullcontext() if case.sets_weights else unchanged(model):
+        with contextlib.nullcontext() if case.sets_weights else unchanged(model), mixing(case.mixes):
             network = fxpath.trace(model, x, **case.options)
     assert network.traced.tracer == case.tracer
     assert {site.name: site.shape for site in network.sites} == case.sites
     assert network.traced.checked == (3, 1)
-    assert network.traced.remarks == []
+    assert len(network.traced.remarks) == case.mixes
     assert_works(network, model, case.inputs)
 
 
@@ -834,6 +840,8 @@ def test_devices() -> None:
         fxpath.trace(plain().to("meta").eval(), x)
     unseen = fxpath.trace(plain().to("meta").eval(), x.float().to("meta"), check=False)  # sites need no values
     assert unseen.index.size == 5
+    with pytest.raises(ModelError, match=r"the network is on the meta device, where nothing has a value"):
+        fxpath.NeuronMCT().scores(unseen, x.float().to("meta"))
 
 
 def test_parameters_on_several_devices() -> None:
@@ -1124,8 +1132,9 @@ def test_no_branch_is_fixed_needlessly() -> None:
     """Where a tracer follows the code, or where it asks for shapes alone, nothing is fixed."""
     for body in (measured_values, asserted, printed):
         model, x = small(body)
-        network = fxpath.trace(model, x, fix_branches=True)
-        assert network.traced.remarks == []
+        with mixing(body is measured_values):
+            network = fxpath.trace(model, x, fix_branches=True)
+        assert len(network.traced.remarks) == (body is measured_values)
         assert_works(network, model, rows)
     model, x = small(unbound, steps)
     assert_works(fxpath.trace(model, x, fix_branches=True), model, steps)
@@ -1319,3 +1328,29 @@ def test_responses_that_fail_or_are_no_numbers() -> None:
         fxpath.NeuronMCT().scores(network, x)
     with pytest.raises(InputError, match=r"expected dense inputs, found torch\.sparse_coo"):
         network(x.to_sparse())
+
+
+MIXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda h: h - h.mean(0),
+    "norm": lambda h: h / (1 + h.norm(dim=0)),
+    "softmax": lambda h: h.softmax(0),
+    "flip": lambda h: h + h.flip(0),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("mix", MIXES)
+def test_samples_that_see_each_other_are_said(mix: str, batch: int) -> None:
+    model, x = small(lambda self, x: self.h(MIXES[mix](F.relu(self.f(x)))))
+    with pytest.warns(TraceWarning, match=r"what Layers says of a sample depends on the others of its batch") as found:
+        network = fxpath.trace(model, x[:batch])
+    assert network.traced.remarks == [str(each.message).removeprefix("trace: ") for each in found]
+
+
+def test_rounding_between_sizes_of_batches_is_no_mixing() -> None:
+    torch.manual_seed(0)
+    for kind in (torch.float32, torch.bfloat16):
+        model = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 10))
+        for batch in (1, 2, 9):
+            x = torch.randn(batch, 300).to(kind)
+            assert fxpath.trace(model.to(kind).eval(), x).traced.remarks == []

@@ -151,6 +151,8 @@ def test_sites(run: Callable[..., Said], tmp_path: Path) -> None:
     assert [-1, 0] in data["edges"]
     data = json.loads(run("sites", "small_jobs:build", "--json", "--granularity", "channel", "--sites", "head*").out)
     assert (data["neurons"], data["granularity"]) == (24, "channel")
+    data = json.loads(run("sites", "small_jobs:build", "--json", "--response", "neuron:site=relu_2,channel=1").out)
+    assert [site["name"] for site in data["sites"]] == ["relu", "relu_1"]  # those that lead to the neuron
     assert files(tmp_path) == []
 
 
@@ -332,8 +334,8 @@ def wrong(*arguments: str) -> tuple[str, ...]:
         (wrong("--target=-2"), "expected 'labels', 'predicted' or a class number, found '-2'"),
         (wrong("--response", "logits"), "there is no response 'logits'; nearest: logit"),
         (wrong("--response", "pixel:rwo=1,column=2"), "there is no parameter 'rwo'; nearest: row"),
-        (wrong("--response", "pixel:row=1,column=2"), "pixel: expected (B, classes, H, W), found (4, 10)"),
-        (wrong("--response", "logit:output=out"), "there is no part 'out' in the network's output, (4, 10) float32"),
+        (wrong("--response", "pixel:row=1,column=2"), "pixel: expected (B, classes, H, W), found (2, 10)"),
+        (wrong("--response", "logit:output=out"), "there is no part 'out' in the network's output, (2, 10) float32"),
         (wrong("--response", "neuron:site=relo_2,at=0/0/0"), "there is no node 'relo_2'; nearest: relu_2"),
         (wrong("--response", "neuron:site=relu_2,at=0/0/99"), "expected coordinates within (8, 8, 8) of relu_2"),
         (wrong("--response", "neuron:site=relu_2,channel=0", "--target", "3"), "this response knows no classes"),
