@@ -101,6 +101,8 @@ LAYOUTS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...], int]] = {
     "picked": (Parts(lambda m, x: m.lin(x)[:, m.some]), (6, 2), (2, 2, C), 2),
     "spread": (Parts(lambda m, x: m.lin(x).unsqueeze(1).expand(-1, C, -1)), (2,), (C, C), 1),
     "T": (Layout(nn.Linear(2, C), lambda h: h.mT), (6, 2), (C, 6), 0),
+    "spread in front": (Parts(lambda m, x: (m.weight.T[:, :1, None] * m.lin(x)).transpose(0, 1)), (2,), (2, C), 1),
+    "copies in front": (Layout(nn.Linear(2, C), lambda h: h.expand(4, -1, -1).transpose(0, 1)), (2,), (4, C), 1),
 }  # fmt: skip
 
 
