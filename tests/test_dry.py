@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxpath
-from fxpath.dry import run_dry
+from fxpath.dry import _KEEPING, run_dry
 from fxpath.errors import SmoothSitesWarning
 from fxpath.inplace import MutationAudit
 
@@ -74,6 +74,30 @@ def test_tracing_without_the_check_computes_nothing() -> None:
     assert set(leaf.notes.devices) == {"meta"}
     assert network.sites[0].shape == (4,)
     assert network(torch.ones(2, 3)).shape == (2, 4)
+
+
+def kept(kind: type[nn.Module]) -> tuple[nn.Module, list[Tensor]]:
+    if kind is nn.BatchNorm1d:
+        return nn.BatchNorm1d(4).eval(), [torch.randn(2, 4, 6)]
+    if kind is nn.BatchNorm3d:
+        x = torch.randn(2, 4, 3, 5, 6)
+        return nn.BatchNorm3d(4).eval(), [x, x.to(memory_format=torch.channels_last_3d)]
+    x = torch.randn(2, 4, 5, 6)
+    module = nn.LayerNorm(6) if kind is nn.LayerNorm else nn.BatchNorm2d(4) if kind is nn.BatchNorm2d else kind()
+    return module.eval(), [x, x.to(memory_format=torch.channels_last), x[:, ::2] if kind is not nn.BatchNorm2d else x]
+
+
+@pytest.mark.parametrize("kind", _KEEPING, ids=lambda kind: kind.__name__)
+def test_what_is_not_run_is_foretold(kind: type[nn.Module]) -> None:
+    """Shapes, types and layouts in memory of modules that a dry run passes over, against those of a real run."""
+    module, inputs = kept(kind)
+    inputs = [*inputs, torch.ones(2, 4, dtype=torch.int64)] if kind is nn.Sigmoid else inputs
+    graph = fx.symbolic_trace(nn.Sequential(module))
+    for x in inputs:
+        seen = list(run_dry(lambda: MutationAudit(graph, keep=True), [x]).values.values())[-1]
+        real = module(x)
+        assert (seen.shape, seen.dtype, seen.stride()) == (real.shape, real.dtype, real.stride())
+        assert seen.is_meta
 
 
 @pytest.mark.parametrize("place", ["1", ""])
