@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .branches import Branch
 from .errors import InputError, RestrictionError, unknown
 from .gates import Gates, Restriction
 from .network import Network
@@ -77,9 +76,7 @@ def _at_node(network: Network, samples: Samples, held: Restriction, name: str) -
     by_name = {node.name: node for node in module.graph.nodes if node.target != GATES}
     start = prefix(module, {"start": named[name]} | {each: by_name[each] for each in after.boundary})
     with torch.inference_mode(False), plain_attention():
-        if any(isinstance(node.target, Branch) for node in module.graph.nodes):  # neither part may hold them
-            with torch.no_grad():
-                network._run(samples, None)
+        network._require_branches(samples)
         with torch.no_grad():
             first, *outside = start(*network.traced.bind(samples), Gates(network.index, held))
         if not isinstance(first, Tensor) or not _has_gradient(first):

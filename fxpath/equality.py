@@ -137,6 +137,9 @@ def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> 
             expected = _run(lambda: _call(model, second), example)
         except Exception as error:
             traced.notes.append(f"the module itself refuses a batch of {second.batch}: {short(error)}")
+            copies = example.take([0] * example.batch)
+            beside = unless_it_fails(lambda: _run(lambda: traced(copies), copies))
+            _note_mixing(model, traced, whole, pytree.tree_map(_first_row, plain(beside)))
             return
     try:
         if slopes is None:
@@ -149,8 +152,11 @@ def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> 
         traced.notes.append(f"no second batch size was compared, as it takes another branch: {error}")
         return
     _compare(model, traced, second, expected, found)
-    if _mixes(traced, example, whole, expected):
-        traced.remarks.append(_MIXED.format(type(model).__name__))
+    if example.batch > 1:
+        _note_mixing(model, traced, whole, expected)
+    else:  # beside itself with its numbers in reverse
+        pair = unless_it_fails(lambda: Samples(example.inputs).map(_and_in_reverse))
+        _note_mixing(model, traced, unless_it_fails(lambda: _run(lambda: traced(pair), pair)), whole)
     if slopes is not None and not any(bool(slope.any()) for slope in slopes):  # all is dead for this sample
         _, slopes = _with_slopes(lambda samples: _call(model, samples), example, wanted)
         _, slopes_found = _of_graph(traced, example, lambda: _with_slopes(traced, example, wanted))
@@ -167,17 +173,19 @@ _MIXED = (
 )
 
 
-def _mixes(traced: Traced, example: Samples, together: Any, alone: Any) -> bool:
-    """Whether the first sample's output is another one beside others than it is alone.
-
-    An example of one sample is put beside itself with its numbers in reverse.
-    """
-    if example.batch == 1:
-        pair = unless_it_fails(lambda: example.map(lambda leaf: torch.cat([leaf, leaf.flip(tuple(range(leaf.ndim)))])))
-        alone = together
-        together = unless_it_fails(lambda: _run(lambda: traced(pair), pair))
+def _note_mixing(model: nn.Module, traced: Traced, together: Any, alone: Any) -> None:
+    """Note where the first sample's output is another one beside others than it is alone, or among its like."""
     leaves = zip(pytree.tree_leaves(plain(alone)), pytree.tree_leaves(plain(together)), strict=False)
-    return any(_another(one, two) for one, two in leaves if isinstance(one, Tensor) and isinstance(two, Tensor))
+    if any(_another(one, two) for one, two in leaves if isinstance(one, Tensor) and isinstance(two, Tensor)):
+        traced.remarks.append(_MIXED.format(type(model).__name__))
+
+
+def _and_in_reverse(leaf: Tensor) -> Tensor:
+    return torch.cat([leaf, leaf.flip(tuple(range(leaf.ndim)))])
+
+
+def _first_row(leaf: Any) -> Any:
+    return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
 
 def _another(alone: Tensor, together: Tensor) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import RestrictionError
+from .errors import RestrictionError, SiteError
 from .neurons import NeuronIndex, Site
 
 
@@ -74,10 +74,13 @@ class Gates:
         self.differentiate = differentiate
         self.entries = entries
         self.watch = watch
+        self.batch: int | None = None  # how many samples there are, where that is known
         self.seen: dict[int, Tensor] = {}
 
     def __call__(self, number: int, activation: Tensor) -> Tensor:
         value = activation
+        if self.batch is not None:
+            _require_rows(activation, self.index.sites[number], self.batch)
         if self.restriction is not None:
             site = self.index.sites[number]
             scale, shift = self.restriction.scale[number], self.restriction.shift[number]
@@ -92,6 +95,17 @@ class Gates:
         if self.watch is not None:
             self.watch(number, value)
         return value
+
+
+def _require_rows(activation: Tensor, site: Site, batch: int) -> None:
+    """Raise `SiteError` where a site's shape depends on more than the number of samples: rows are then not theirs."""
+    expected = (batch * site.fold, *(site.shape[1:] if site.fold > 1 else site.shape))
+    if activation.shape != expected:
+        raise SiteError(
+            f"site {site.name}: expected {expected} for {batch} samples, found {tuple(activation.shape)}; its shape "
+            "depends on values (a boolean index, rows sent to one of several experts), so its rows are no samples. "
+            "Leave it out with sites=…, or compute all rows and mask them"
+        )
 
 
 def _apply(activation: Tensor, scale: Tensor | None, shift: Tensor | None, site: Site, inverted: bool) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .dry import DryInterpreter, run_dry
@@ -186,9 +186,10 @@ class MutationAudit(DryInterpreter):
         return value
 
 
-def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
+def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, nn.Module]:
     """Rewrite `module.graph` without in-place operations; `leaves` are the values of its placeholders.
 
+    Returns the modules of which the graph calls out-of-place forms now, by the names of these.
     Raises `MutationError` for an operation that changes a tensor and has no out-of-place form, and `AliasError` where
     shared memory makes a node-by-node rewriting wrong.
     """
@@ -210,7 +211,7 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
     if not changed:
         if targets != [node.target for node in order]:  # a function without a derivative has given way to another
             module.recompile()
-        return
+        return {}
     seen = {node: recorder.values.get(twins[node]) if node in twins else None for node in order}
     storages = {node: {t.untyped_storage()._cdata for t in _tensors(seen[node])} for node in order}
     rank = {node: number for number, node in enumerate(order)}
@@ -233,3 +234,5 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> None:
                 user.replace_input_with(other, node)
     module.graph.lint()
     module.recompile()
+    called = [(node.target, target) for node, target in zip(order, targets, strict=True) if node.op == "call_module"]
+    return {str(new): before.get_submodule(str(old)) for new, old in called if new != old}

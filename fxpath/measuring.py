@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from .errors import ModelError, SiteError
 from .gates import Gates
 from .naming import NAME
 from .neurons import Granularity, NeuronIndex
-from .rewriting import gate, prefix
+from .rewriting import ancestors, gate, prefix
 from .samples import Samples
+from .trials import random_like, unless_it_fails
 
 
 class _Place(DryInterpreter):
@@ -43,11 +45,14 @@ def measured(
     example: Samples,
     sites: Sequence[Activation],
     granularity: Granularity,
+    *,
+    permuted: bool = False,
 ) -> NeuronIndex:
     """The index of a gated graph's neurons; a fold of other axes into the batch is found by the way.
 
-    Raises `SiteError` for a site whose first axis is not the batch, and `ModelError` where the graph cannot run on
-    one or two samples.
+    Raises `SiteError` for a site whose first axis is not the batch or holds rows of other samples (a fold in turn;
+    with `permuted`, where all sites are tried, an order by length), and `ModelError` where the graph cannot run on one
+    or two samples.
     """
     singly, everywhere = _shapes(module, bind, example.take([0]), sites)
     doubly, _ = _shapes(module, bind, example.take([0, min(1, example.batch - 1)]), sites)
@@ -65,9 +70,9 @@ def measured(
         blocks.append((site.name, site.op, shape))
         axes.append(max(axis - (fold == 1), 0))  # a fold's rows are an axis of the block, in place of the batch's
         folds.append(fold)
-    folded = {number for number, fold in enumerate(folds) if fold > 1}
-    if folded and not example.tensors[0].is_meta:
-        _require_blocks(module, bind, example, sites, folded)
+    if not example.tensors[0].is_meta:
+        tried = {number for number, fold in enumerate(folds) if fold > 1 or permuted}
+        _require_own_rows(module, bind, example, sites, {number: folds[number] for number in tried})
     return NeuronIndex.build(blocks, axes=axes, folds=folds, granularity=granularity)
 
 
@@ -101,37 +106,77 @@ def _shapes(
     return seen, places[-1].shapes
 
 
-def _require_blocks(
+def _require_own_rows(
     module: fx.GraphModule,
     bind: Callable[[Samples], list[Any]],
     example: Samples,
     sites: Sequence[Activation],
-    folded: set[int],
+    folds: Mapping[int, int],
 ) -> None:
-    """The rows of the first of two samples must be those that it has alone: a block, not every other row."""
-    alone: dict[int, Tensor] = {}
+    """The rows of each of two samples must be those that it has alone, in its own place.
 
-    def keep(number: int, value: Tensor) -> None:
-        if number in folded:
-            alone[number] = value
+    Folded sites must hold them as a block, not every other row; in others rows must not be nearer to the other sample's
+    (where samples see each other, they are not the same either, but still the sample's own). `folds` are those of the
+    sites that are tried.
+    """
+    if not folds:
+        return
+    gates = [node for node in module.graph.nodes if node.target is gate and node.args[2] in folds]
+    last = set(gates) - ancestors(gates)  # what leads to these runs, and little is kept
+    until = prefix(module, {str(node.args[2]): node for node in gates if node in last})
+
+    def run(batch: Samples, watch: Callable[[int, Tensor], None]) -> bool:
+        return bool(unless_it_fails(lambda: until(*bind(batch), Gates(NeuronIndex([]), watch=watch))))
 
     def compare(number: int, value: Tensor) -> None:
-        if number not in folded:
-            return
-        own = alone.pop(number)
-        largest = float(own.abs().amax()) if own.numel() else 0.0
-        if not torch.allclose(value[: len(own)], own, rtol=0.02, atol=0.02 * largest, equal_nan=True):
-            raise SiteError(
-                f"site {sites[number].name}: expected the rows of a sample one after the other, found those of several "
-                "samples in turn; leave it out with sites=…, or fold with the batch axis first"
-            )
+        if number in folds:
+            own, other = alone[first].get(number), alone[1 - first].get(number)
+            if own is not None and other is not None:
+                wrong[number] = not _is_own(value[: len(own)], own, other, folded=folds[number] > 1)
 
-    gates = [node for node in module.graph.nodes if node.target is gate and node.args[2] in folded]
-    until = prefix(module, {str(node.args[2]): node for node in gates})
+    pair = _two_samples(example)
+    alone: list[dict[int, Tensor]] = [{}, {}]
+    wrong: dict[int, bool] = {}
     with torch.inference_mode(False), torch.no_grad():
-        for rows, watch in (([0], keep), ([0, min(1, example.batch - 1)], compare)):
-            batch = example.take(rows).map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach())
-            until(*bind(batch), Gates(NeuronIndex([]), watch=watch))
+        if not all(run(each, kept.__setitem__) for each, kept in zip(pair, alone, strict=True)):
+            return
+        for first in (0, 1):
+            run(_together(pair[first], pair[1 - first]), compare)
+            for number in sorted(wrong):
+                if wrong[number]:
+                    raise SiteError(
+                        f"site {sites[number].name}: expected the rows of a sample one after the other and in the "
+                        "order of the samples, found those of several samples in turn, or in another order; leave it "
+                        "out with sites=…, or put the batch axis first and keep its order"
+                    )
+
+
+def _is_own(found: Tensor, own: Tensor, other: Tensor, *, folded: bool) -> bool:
+    gap, size = float((found - own).norm()), float(own.norm())
+    if not math.isfinite(gap) or gap <= 0.01 * size:
+        return True
+    return not folded and gap <= 2 * float((found - other).norm())
+
+
+def _two_samples(example: Samples) -> tuple[Samples, Samples]:
+    """Two samples that differ: the example's, or one and it in reverse, or random numbers where all are the same."""
+    plain = example.map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach())
+    one, two = plain.take([0]), plain.take([min(1, example.batch - 1)])
+    if _alike(one, two):
+        two = one.map(lambda leaf: leaf.flip(tuple(range(leaf.ndim))))
+    if _alike(one, two):
+        pair = _together(one, two).map(random_like)
+        one, two = pair.take([0]), pair.take([1])
+    return one, two
+
+
+def _alike(one: Samples, two: Samples) -> bool:
+    return all(map(torch.equal, one.tensors, two.tensors))
+
+
+def _together(one: Samples, two: Samples) -> Samples:
+    others = iter(two.tensors)
+    return Samples(one.inputs).map(lambda leaf: torch.cat([leaf, next(others)]))
 
 
 def _kind(value: Any) -> str:

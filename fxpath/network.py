@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from .activations import SiteSpec, choose_sites
 from .answers import Original, Outcome, Pass
-from .branches import keeping_branches
+from .branches import Branch, keeping_branches
 from .errors import InputError, ModelError, RestrictionError, SiteError, SmoothSitesWarning
 from .exporting import exported
 from .gates import Gates, Restriction, flat, grouped, unfilled
@@ -32,8 +32,9 @@ from .responses import Hidden, Response, checked_response, logit, require_fit, r
 from .rewriting import insert_gates, site_edges
 from .samples import Samples, type_of_target
 from .suffixes import Parts, Suffix
+from .surroundings import plain_attention, undisturbed
 from .tokens import Padding, find_padding
-from .tracing import Traced, plain_attention, trace_module
+from .tracing import Traced, trace_module
 from .truncation import truncated
 
 
@@ -116,18 +117,24 @@ class Network:
         self._gate_nodes = insert_gates(self._module, chosen)
         _warn_of_smooth([site.name for site in chosen if not site.rectifier])
         called = {str(node.target) for node in self._module.graph.nodes if node.op == "call_module"}
-        self._called = [part for name in sorted(called) for part in self._module.get_submodule(name).modules()]
+        own = {name: traced.originals.get(name) or self._module.get_submodule(name) for name in sorted(called)}
+        self._called = [part for module in own.values() for part in module.modules()]
         self._layout = Layout.of(example)
         self._restriction: Restriction | None = None
         self._parts: dict[tuple[Any, ...], Parts] = {}
         self._narrowed: dict[int, tuple[fx.GraphModule, fx.Node] | None] = {}
         self._formats: dict[tuple[Any, ...], bool] = {}
-        with keeping_branches():  # one sample alone may take another
-            self.index = measured(self._module, traced.bind, example, chosen, granularity)
+        with keeping_branches(), undisturbed(self._called, example):  # one sample alone may take another branch
+            self.index = measured(
+                self._module, traced.bind, example, chosen, granularity, permuted=bool(traced.checked)
+            )
         self.edges = tuple(site_edges(self._module))
         parents = {target for source, target in self.edges if source >= 0}
         self._entries = frozenset(range(len(self.index))) - parents
-        self.padding: Padding | None = None if padding is None else find_padding(self, example, padding)
+        self.padding: Padding | None = None
+        if padding is not None:
+            with undisturbed(self._called, example):
+                self.padding = find_padding(self, example, padding)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -173,9 +180,17 @@ class Network:
     def _run(self, samples: Samples, gates: Gates | None) -> Any:
         if any(module.training for module in self._called):
             raise ModelError("network: the model is in training mode since it was traced; call model.eval()")
+        if gates is not None:
+            gates.batch = samples.batch
         restricted = gates is not None and gates.restriction is not None and not gates.restriction.held
         with nullcontext() if gates is None else plain_attention(), keeping_branches() if restricted else nullcontext():
             return self.traced.unbind(self._module(*self.traced.bind(samples), gates))
+
+    def _require_branches(self, samples: Samples) -> None:
+        """Raise `BranchError` for samples of other branches than the graph's: its parts do not ask on their own."""
+        if any(isinstance(node.target, Branch) for node in self._module.graph.nodes):
+            with torch.no_grad():
+                self._run(samples, None)
 
     def samples(self, x: Any, target: type_of_target = None) -> Samples:
         """`x` as samples that fit this network; raises `InputError` where shape, type or device do not.

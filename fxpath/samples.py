@@ -57,6 +57,12 @@ class Samples:
                 f"inputs: expected a tensor, a tuple or a dict of them, found {type(self.inputs).__name__}; "
                 "wrap a list argument in a tuple: (x,)"
             )
+        if not self.tensors:
+            kinds = sorted({type(leaf).__name__ for leaf in pytree.tree_leaves(self.inputs)}) or ["nothing"]
+            raise InputError(
+                f"inputs: expected tensors with the batch axis in front, found {', '.join(kinds)}; put them into a "
+                "tuple or a dict by the names of forward, as tensors"
+            )
         sizes = {int(leaf.shape[0]) for leaf in self.tensors if leaf.ndim}
         if len(sizes) != 1 or any(leaf.ndim == 0 for leaf in self.tensors):
             shapes = [tuple(leaf.shape) for leaf in self.tensors]

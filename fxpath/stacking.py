@@ -156,7 +156,8 @@ class SiteRuns:
         """These runs in a form, on random inputs, classes and activations."""
         samples, target = self._given
         if target is not None and self._classes is not None:
-            target = torch.arange(samples.batch, device=samples.device) % self._classes
+            # a class in another row than the sample's, so that rows along another axis give another answer
+            target = (torch.arange(samples.batch, device=samples.device) + 1) % self._classes
         probe = copy.copy(self)
         probe._fill(parts, channels_last, samples.map(random_like), target)
         probe.activation = probe._laid_out(random_like(probe.activation).abs())

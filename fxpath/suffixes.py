@@ -34,7 +34,9 @@ class Suffix:
 
     def cache(self, x: Any) -> tuple[Tensor, tuple[Any, ...]]:
         """The site's activation, and the other values that the suffix reads (skips around the site)."""
-        activation, values = before(self.network, self._parts, self.network.samples(x))
+        samples = self.network.samples(x)
+        self.network._require_branches(samples)
+        activation, values = before(self.network, self._parts, samples)
         return activation, tuple(self._parts.read_by(self._parts.whole, values))
 
     def __call__(self, activation: Tensor, boundary: Sequence[Any]) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +27,13 @@ def quietly(example: Samples) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def undisturbed(modules: Iterable[nn.Module], example: Samples) -> Iterator[None]:
+    """Leave the random state, and what modules hold, as they are."""
+    with torch.random.fork_rng(generators(example.tensors)), put_back(modules):
+        yield
+
+
+@contextlib.contextmanager
 def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
     """Undo what modules note about themselves while they are traced: proxies, fake tensors, activations.
 
@@ -32,12 +42,7 @@ def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
     """
     modules = list(modules)
     attributes = [(module, dict(vars(module))) for module in modules]
-    containers = [
-        (value, value.copy())
-        for _, named in attributes
-        for value in named.values()
-        if isinstance(value, list | dict | set) and value is not named
-    ]
+    containers = [(each, each.copy()) for each in _containers(named for _, named in attributes)]
 
     def restore() -> None:
         for module, named in attributes:
@@ -46,8 +51,9 @@ def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
                 del now[name]
             now.update(named)
         for container, content in containers:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+            if not _unchanged(container, content):
+                container.clear()
+                container.extend(content) if isinstance(container, list | deque) else container.update(content)
         restore_buffers()
 
     with kept_buffers(modules) as restore_buffers:
@@ -57,16 +63,53 @@ def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
             restore()
 
 
+def _containers(attributes: Iterable[dict[str, Any]]) -> list[Any]:
+    """Every list, dict, set and deque that attributes hold, those within others included."""
+    found: dict[int, Any] = {}
+    waiting = [value for named in attributes for value in named.values()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, tuple):
+            waiting += value
+        elif isinstance(value, list | dict | set | deque) and id(value) not in found:
+            found[id(value)] = value
+            waiting += value.values() if isinstance(value, dict) else value
+    return list(found.values())
+
+
+def _unchanged(container: Any, content: Any) -> bool:
+    """Whether a container still holds the same things in the same order."""
+    if isinstance(container, set) or len(container) != len(content):
+        return bool(container == content)
+    pairs = zip(container, content, strict=True)
+    values = zip(container.values(), content.values(), strict=True) if isinstance(container, dict) else ()
+    return all(one is other for one, other in (*pairs, *values))
+
+
+class _PlainAttention:
+    """How many are within `plain_attention` now, in all threads, and what the switch was before the first."""
+
+    lock = threading.Lock()
+    inside = 0
+    before = True
+
+
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
     """Keep torch.nn's attention and transformers from their fused kernel.
 
     It hides the activations within, and is taken only without gradients: then a pass with gradients and one without
-    would differ in last bits.
+    would differ in last bits. The switch is the whole process's: it goes back when the last thread leaves.
     """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _PlainAttention.lock:
+        if not _PlainAttention.inside:
+            _PlainAttention.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _PlainAttention.inside += 1
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _PlainAttention.lock:
+            _PlainAttention.inside -= 1
+            if not _PlainAttention.inside:
+                torch.backends.mha.set_fastpath_enabled(_PlainAttention.before)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .errors import InputError, SampleError, SiteError, unknown
 from .neurons import Site
 from .padding import RealNeurons
+from .places import Token
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -41,7 +42,24 @@ class Padding:
                 bare,
                 [f"it has no real token: {self.given!r} is 0 everywhere"] * len(bare),
             )
+        _require_real_place(network, tokens, samples)
         return RealNeurons(tokens, self.axes, network.index)
+
+
+def _require_real_place(network: Network, tokens: Tensor, samples: Samples) -> None:
+    """Raise `SampleError` for samples of which the response reads a token that is padding."""
+    place = getattr(network.response, "at", None)
+    if not isinstance(place, Token) or not -tokens.shape[1] <= place.position < tokens.shape[1]:
+        return
+    bare = torch.nonzero(~tokens[:, place.position]).flatten().tolist()
+    if bare:
+        names = ", ".join(repr(samples.names[row]) for row in bare[:5]) + (" …" if len(bare) > 5 else "")
+        raise SampleError(
+            f"padding: the response {network.response.name!r} reads a padding token of sample {names}; read one that "
+            "is real in all, pad in front, or give samples of one length at a time",
+            bare,
+            [f"the response {network.response.name!r} reads a padding token"] * len(bare),
+        )
 
 
 def find_padding(network: Network, example: Samples, given: str | int) -> Padding:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ from .trials import unless_it_fails
 
 TracerName = Literal["symbolic_trace", "torch.export"]
 
+_ONE_AT_A_TIME = threading.RLock()  # tracers patch torch for the whole process
+
 
 @dataclass(eq=False)
 class Traced:
@@ -43,6 +46,7 @@ class Traced:
     from the module's outputs that was seen (0 means bit-identical); `checked` are the batch sizes compared.
     `arguments` are the model's, by name: each a tree with the number of an input of the graph, or None, at each leaf;
     `constants` are those of the example that hold no tensor.
+    `originals` are the model's own modules, by the name by which the graph calls their out-of-place forms.
     `notes` say what failed on the way, `remarks` what the graph holds that its sites do not show.
     """
 
@@ -55,6 +59,7 @@ class Traced:
     notes: list[str] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
+    originals: dict[str, nn.Module] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     def __call__(self, samples: Samples) -> Any:
@@ -90,7 +95,7 @@ def trace_module(
     first: Exception | None = None
     attempts: list[str] = []
     try:
-        with quietly(example), put_back(model.modules()) as restore:
+        with _ONE_AT_A_TIME, quietly(example), put_back(model.modules()) as restore:
             example = example.map(lambda leaf: leaf.detach().clone() if leaf.is_inference() else leaf.detach())
             expected = answer(model, example) if check else None
             if check:
@@ -189,10 +194,12 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
         return [values[name] for name in inputs]
 
     name_stack(module)
-    remove_in_place(module, bind(example))
+    own = remove_in_place(module, bind(example))
     places = {name: place for place, name in enumerate(inputs)}
     remarks = stop_gradients(module) + (tracer.remarks() if isinstance(tracer, PathTracer) else [])
-    return Traced(module, "symbolic_trace", bind, lambda output: output, arguments=places, remarks=remarks)
+    return Traced(
+        module, "symbolic_trace", bind, lambda output: output, arguments=places, originals=own, remarks=remarks
+    )
 
 
 def _constants(model: nn.Module, example: Samples) -> dict[str, Any]:
@@ -260,10 +267,10 @@ def _export(model: nn.Module, example: Samples, *, functionalise: bool) -> Trace
         return pytree.tree_leaves((samples.args, {key: samples.kwargs[key] for key in keys}))
 
     name_stack(module)
-    remove_in_place(module, bind(wide))
+    own = remove_in_place(module, bind(wide))
     places = example.places(inspect.signature(model.forward))
     unbind: Callable[[Any], Any] = lambda output: pytree.tree_unflatten(list(output), out_spec)  # noqa: E731
-    return Traced(module, "torch.export", bind, unbind, arguments=places)
+    return Traced(module, "torch.export", bind, unbind, arguments=places, originals=own)
 
 
 __all__ = ["NAME", "AliasError", "Traced", "TracerName", "name_nodes", "plain_attention", "trace_module"]

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor, fx
 
 from .activations import Activation
+from .branches import Branch
 from .errors import SiteError, unknown
 from .hidden import Hidden
 from .measuring import measured
@@ -44,12 +45,20 @@ def truncated(
         )
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (end,)
+    kept = needed | _branches_before(end)
     for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and node is not end and node not in needed:
+        if node.op not in ("placeholder", "output") and node is not end and node not in kept:
             graph.erase_node(node)
     graph.lint()
     shorter = fx.GraphModule(module, graph, type(module).__name__)  # without the parameters that nothing reads now
     return replace(traced, graph_module=shorter, unbind=partial(_by_sample, site=site)), fitting, leading
+
+
+def _branches_before(end: fx.Node) -> set[fx.Node]:
+    """The checks of branches that are taken before a node, and what they read."""
+    order = list(end.graph.nodes)
+    branches = [node for node in order[: order.index(end)] if isinstance(node.target, Branch)]
+    return set(branches) | ancestors(branches)
 
 
 def _block(traced: Traced, example: Samples, end: fx.Node) -> Site:

@@ -17,7 +17,7 @@ import fxpath
 from fxpath.errors import NoContributionWarning, TraceWarning
 from fxpath.gates import Restriction
 from fxpath.network import Network
-from fxpath.responses import Logit, respond
+from fxpath.responses import Logit, Response, detection, pixel, region, respond, token
 from fxpath.samples import Samples
 from fxpath.selectors import NeuronIntGrad, Random
 from fxpath.stacking import SiteRuns
@@ -422,3 +422,28 @@ def test_inputs_that_no_random_numbers_may_replace() -> None:
     torch.manual_seed(0)
     x = torch.cat([torch.tensor([[0.0], [1], [2]]), torch.randn(3, 4)], dim=1).double()
     agrees(fxpath.trace(Looked().double().eval(), x), x, copies=4)
+
+
+class Square(nn.Module):
+    """A last layer as wide as there are classes, and places: `(B, 5, 5)` both ways."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.one, self.last = nn.Linear(4, 8) if isinstance(last, nn.Linear) else nn.Conv1d(4, 8, 1), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.one(x)))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("response", [pixel(2), region(1, 3), token(2), detection(0)], ids=lambda each: each.name)
+@pytest.mark.parametrize("last", [nn.Linear(8, 5), nn.Conv1d(8, 5, 1)], ids=lambda each: type(each).__name__)
+def test_a_last_layer_is_not_narrowed_along_places(last: nn.Module, response: Response, batch: int) -> None:
+    """What follows the site is affine, and so NeuronIntGrad is NeuronMCT; narrowing another axis would show."""
+    torch.manual_seed(1)
+    x = torch.randn(batch, *((5, 4) if isinstance(last, nn.Linear) else (4, 5)), dtype=torch.float64)
+    network = fxpath.trace(Square(last).double().eval(), x, response=response)
+    for target in (None, 3):
+        expected = fxpath.NeuronMCT().scores(network, x, target).signed
+        found = NeuronIntGrad(steps=3).scores(network, x, target).signed
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
