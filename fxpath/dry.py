@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from .nodes import altered
 from .surroundings import put_back
 
-RUNS_HOOKS = "fxpath_runs_hooks"  # attribute of functions that call the hooks of modules
+RUNS_HOOKS = "fxpath_runs_hooks"  # attribute of functions that call the hooks of a module: its path
 
 # their output is shaped and (not LayerNorm's) laid out in memory as their input; torch takes long to find that out
 _KEEPING = (
