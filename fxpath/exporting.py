@@ -318,11 +318,9 @@ def _attribute(module: nn.Module, path: str) -> Any:
 def _names(module: fx.GraphModule) -> dict[str, str]:
     """A name in the new module for every target of the graph: the model's own, one for each tensor."""
     nodes = [node for node in module.graph.nodes if node.op in ("get_attr", "call_module")]
-    found = {str(node.target): original_path(str(node.target)) for node in nodes}
-    for target, name in found.items():
-        others = [other for each, other in found.items() if each != target]
-        if any(f"{one}.".startswith(f"{two}.") for other in others for one, two in ((name, other), (other, name))):
-            found[target] = target
+    targets = {str(node.target) for node in nodes}
+    found = {target: original_path(target) for target in targets}
+    found |= {target: target for target, name in found.items() if name != target and name in targets}
     homes: dict[int, str] = {}
     for node in nodes:
         if node.op == "call_module":

@@ -20,6 +20,7 @@ import torchvision
 from footprint import unchanged
 from networks import BY_NAME, CASES, MLP, Case, DataBranch, SquaredReLU, TwoInputs, image, traced
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils import _pytree as pytree
 
 import fxpath
@@ -284,6 +285,41 @@ def test_tensors_are_copies_and_stay_tied() -> None:
         assert torch.equal(found(x), before)
 
 
+class Scaled(nn.Module):
+    """In place where it is told to, with a part and tensors of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inplace, self.inner, self.weight = True, nn.Linear(5, 5), nn.Parameter(torch.rand(5))
+        self.register_buffer("shift", torch.rand(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner((x.relu_() if self.inplace else x.relu()) * self.weight) + self.shift
+
+
+def test_parts_and_tensors_of_a_leaf_keep_their_names() -> None:
+    """They are read and called outside of the leaf, too, which is in the graph in its out-of-place form."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(4, 5), Scaled(), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.act(self.first(x)) + self.act.weight)
+            return self.last(F.relu(self.act.inner(h) + self.act.shift))
+
+    model, x = Reads().double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    network = fxpath.trace(model, x, leaves=Scaled)
+    pathways = some(network, 3)
+    module = require_equal(network, pathways, x, x)
+    assert set(module.state_dict()) - set(model.state_dict()) == {
+        f"pathway.{name}_{number}" for name in ("mask", "constant") for number in (0, 1)
+    }
+    with network.frozen(pathways, at=x):
+        require_same_slopes(model, network, module, x)
+
+
 def test_constants_share_no_memory_with_the_input() -> None:
     """A site whose value is a view of the input."""
 
@@ -447,6 +483,25 @@ def test_leaves_of_ones_own_stay_themselves() -> None:
 def bent(x: Tensor) -> Tensor:
     """A function that no tracer looks into: it branches on values."""
     return x / 2 if x.sum() > 0 else x / 3
+
+
+@pytest.mark.parametrize("normed", [weight_norm, spectral_norm])
+def test_what_torch_cannot_save_runs(normed: Callable[[nn.Module], nn.Module]) -> None:
+    """Parametrized layers, which torch keeps as state_dict or exported program alone."""
+    model = nn.Sequential(normed(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 3)).double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    network = fxpath.trace(model, x)
+    pathways = some(network, 3)
+    module = network.export(pathways, at=x)
+    with network.frozen(pathways, at=x):
+        require_same(answered(module, x), answered(network, x))
+        require_same_slopes(model, network, module, x)
+    with pytest.raises(RuntimeError, match="parametrized modules is only supported through state_dict"):
+        saved(module)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(module, (x,)), file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(x), module(x))
 
 
 def test_functions_of_ones_own_stay_themselves() -> None:
