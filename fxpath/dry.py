@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from .nodes import altered
 from .surroundings import put_back
 
-RUNS_HOOKS = "fxpath_runs_hooks"  # attribute of functions that call the hooks of modules
+RUNS_HOOKS = "fxpath_runs_hooks"  # attribute of functions that call the hooks of a module: its path
 
 # their output is shaped and (not LayerNorm's) laid out in memory as their input; torch takes long to find that out
 _KEEPING = (
@@ -80,13 +80,33 @@ def _run(
     other: Callable[[Tensor], Tensor],
 ) -> Runner:
     running = _Running(interpreter)
-    tensors = {name: parameter(tensor) for name, tensor in running.named_parameters()}
-    tensors |= {name: other(tensor) for name, tensor in running.named_buffers()}
+    tensors = _replaced(running, "_parameters", parameter) | _replaced(running, "_buffers", other)
     given = pytree.tree_map(lambda leaf: other(leaf) if isinstance(leaf, Tensor) else leaf, tuple(inputs))
     own = (part for part in running.modules() if not _is_plain(part))
     with put_back(own), torch.no_grad():
-        torch.func.functional_call(running, tensors, given)
+        torch.func.functional_call(running, tensors, given, tie_weights=False)
     return interpreter
+
+
+def _replaced(module: nn.Module, kind: str, replace: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """What stands for each parameter or buffer, by one name for each place that holds it.
+
+    A module under several names is one place, and so is one that shares its tensors with a copy: what is swapped twice
+    is not put back.
+    """
+    made: dict[int, Tensor] = {}  # the same for the same tensor
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for path, part in module.named_modules():
+        place = id(vars(part).get(kind, part))
+        if place not in places:
+            places.add(place)
+            named = part.named_parameters if kind == "_parameters" else part.named_buffers
+            for name, tensor in named(path, recurse=False, remove_duplicate=False):
+                if id(tensor) not in made:
+                    made[id(tensor)] = replace(tensor)
+                found[name] = made[id(tensor)]
+    return found
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -15,28 +15,46 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .activations import classify
+from .branches import Branch
+from .dry import RUNS_HOOKS
 from .equality import short
-from .errors import ModelError
+from .errors import FxpathError, ModelError
 from .gates import Restriction
 from .inplace import original_path
+from .naming import NAME
 from .neurons import NeuronIndex
 from .nodes import altered, called_module
 from .rewriting import GATES, gate
+from .tracers import AUTOGRAD, without_gradient
 from .tracing import Traced
 
 _PACKAGE = __name__.partition(".")[0]
 _KEPT = ("is_wrapped",)  # of a node's meta: without it a saved function of another package would be looked into
 _CONSTANTS = (*fx.node.base_types, type(None))
+_OUTPUT = "the output"
+_DETACHED = partial(pytree.tree_map_only, Tensor, Tensor.detach)  # what `without_gradient` does
 
 
 def exported(traced: Traced, index: NeuronIndex, restriction: Restriction) -> fx.GraphModule:
     """The gated graph of `traced` with this restriction (bool λ) written into it, on copies of all tensors.
 
-    Every gate becomes `torch.where` on buffers of the new module; one that leaves a whole site open goes away.
-    Raises `ModelError` in training mode, and where a module cannot be copied or the output has no plain form.
+    Every gate becomes `torch.where` on buffers of the new module; one that leaves a whole site open goes away, and so
+    do the checks of fixed branches. Raises `ModelError` in training mode, for hooks that the graph calls, and where a
+    module cannot be copied or a part of the graph has no plain form.
     """
-    with torch.inference_mode(False):
-        return _Writer(traced, index, restriction).module()
+    writer = _Writer(traced, index, restriction)
+    try:
+        with torch.inference_mode(False):
+            return writer.module()
+    except (FxpathError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:
+        way_out = "pass the module around it over when tracing: leaves=(ModuleType, …)"
+        if writer.place == _OUTPUT:
+            way_out = "trace a module around the model that gives a tensor, tuple or dict"
+        raise ModelError(
+            f"export: {writer.place} of {type(writer.source).__name__} has no plain form: {short(problem)}; {way_out}"
+        ) from problem
 
 
 class _Writer:
@@ -55,6 +73,7 @@ class _Writer:
         self.held: dict[str, Any] = {}  # what the graph reads and calls, by its name in the new module
         self.buffers: dict[str, Tensor] = {}
         self.guarded = False  # whether the graph looks at the size of the batch
+        self.place = "the graph"  # what is being written, as errors call it
         self.room = "pathway"  # the new module's child that has the masks and constants
         while any(name.partition(".")[0] == self.room for name in self.named.values()):
             self.room += "_"
@@ -64,13 +83,16 @@ class _Writer:
 
     def module(self) -> fx.GraphModule:
         self._bind()
+        checks = _checks(self.source.graph)
         for node in self.source.graph.nodes:
+            self.place = _OUTPUT if node.op == "output" else str(node.meta[NAME])
             if node.op == "output":
-                self.graph.output(self._plain(self.traced.unbind(node.args[0])))
+                self.graph.output(self._plain(self.traced.unbind(self._proxies(node.args[0]))))
             elif self._is_fixed(node):
                 self.fixed[node] = self._found(node)
-            elif node.op != "placeholder" and not _is_answer(node):
+            elif node.op != "placeholder" and node not in checks and not _is_answer(node):
                 self.values[node] = self._written(node)
+        self.place = "the graph"
         self.graph.lint()
         try:
             own = copy.deepcopy(self.held)  # in one go, so that what is shared stays shared
@@ -84,6 +106,12 @@ class _Writer:
     def _proxy(self, node: fx.Node) -> Any:
         """What stands for a node where code is written as usual; it appends to the graph."""
         return fx.Proxy(node, self.tracer)
+
+    def _proxies(self, value: Any) -> Any:
+        """What stands for the nodes of the gated graph in a value, in the same way; answers stay nodes."""
+        return fx.map_arg(
+            value, lambda n: n if _is_answer(n) else pytree.tree_map_only(fx.Node, self._proxy, self._value(n))
+        )
 
     def _bind(self) -> None:
         """The model's own arguments, and what the graph reads of each.
@@ -142,8 +170,7 @@ class _Writer:
         if node.target is gate:
             return self._gate(node)
         if node.op == "call_function" and str(getattr(node.target, "__module__", "")).partition(".")[0] == _PACKAGE:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._proxy(self._value(n)))
-            return node.target(*args, **kwargs).node  # type: ignore[operator]  # written out as torch's own operations
+            return self._own(node)
         called = called_module(node)
         if called is not None and any(part.training for part in called.modules()):
             raise ModelError("export: the model is in training mode since it was traced; call model.eval()")
@@ -156,6 +183,32 @@ class _Writer:
             new.target = name
             self.held[name] = _attribute(self.source, str(node.target)) if called is None else called
         return new
+
+    def _own(self, node: fx.Node) -> fx.Node:
+        """What a function of fxpath's does, by means of torch alone."""
+        target: Any = node.target
+        hooked = getattr(target, RUNS_HOOKS, None)
+        if hooked is not None:
+            raise ModelError(
+                f"export: {hooked} has forward hooks or pre-hooks, which a plain module cannot call; remove them "
+                "before tracing (handle.remove()), or pass the module over, hooks and all: leaves=(ModuleType, …)"
+            )
+        function = getattr(target, AUTOGRAD, None)
+        if function is not None:
+            return self._called(node, function.__name__, function.apply)
+        if target is without_gradient:
+            return self._called(node, "detach", _DETACHED)
+        args, kwargs = self._proxies((node.args, node.kwargs))
+        return target(*args, **kwargs).node  # type: ignore[no-any-return]  # written out as torch's own operations
+
+    def _called(self, node: fx.Node, name: str, function: Callable[..., Any]) -> fx.Node:
+        """A call that nothing looks into, also when a saved module is loaded: that of a module of its own."""
+        name = f"{self.room}.call_{name}"
+        while name in self.held and self.held[name].forward != function:
+            name += "_"
+        self.held.setdefault(name, nn.Module()).forward = function
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        return self.graph.call_module(name, args, kwargs)
 
     def _gate(self, node: fx.Node) -> fx.Node:
         """The value of a site: `torch.where(mask, activation, constant)`, laid out in memory as the activation is."""
@@ -206,6 +259,8 @@ class _Writer:
 
     def _plain(self, value: Any) -> Any:
         """An output in the model's own structure, dataclasses as dicts of the fields that they have."""
+        if isinstance(value, fx.Proxy):
+            return value.node
         if isinstance(value, fx.Node):
             return self._fields(value.kwargs) if _is_answer(value) else self._value(value)
         if is_dataclass(value) and not isinstance(value, type):
@@ -239,6 +294,19 @@ def _is_answer(node: fx.Node) -> bool:
     return makes and all(user.op == "output" for user in node.users)
 
 
+def _checks(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that check an input's branches, and those that only they read.
+
+    They are of no use: a restricted network keeps the example's branches.
+    """
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        asked = node.op in ("call_function", "call_method") and node.users and found.issuperset(node.users)
+        if asked or isinstance(node.target, Branch):
+            found.add(node)
+    return found
+
+
 def _has_fused_kernel(called: nn.MultiheadAttention) -> bool:
     return type(called) is nn.MultiheadAttention and called.batch_first and not altered(called)
 
@@ -250,11 +318,9 @@ def _attribute(module: nn.Module, path: str) -> Any:
 def _names(module: fx.GraphModule) -> dict[str, str]:
     """A name in the new module for every target of the graph: the model's own, one for each tensor."""
     nodes = [node for node in module.graph.nodes if node.op in ("get_attr", "call_module")]
-    found = {str(node.target): original_path(str(node.target)) for node in nodes}
-    for target, name in found.items():
-        others = [other for each, other in found.items() if each != target]
-        if any(f"{one}.".startswith(f"{two}.") for other in others for one, two in ((name, other), (other, name))):
-            found[target] = target if name != target else name
+    targets = {str(node.target) for node in nodes}
+    found = {target: original_path(target) for target in targets}
+    found |= {target: target for target, name in found.items() if name != target and name in targets}
     homes: dict[int, str] = {}
     for node in nodes:
         if node.op == "call_module":

@@ -350,8 +350,11 @@ class Network:
         With `at` it is frozen at x, Φ̂(·; e), else masked, Φ(·; e ⊙ a); it gives what the network gives inside of
         `frozen` or `masked`, bit for bit. It takes the model's own arguments and holds copies of all tensors, on their
         device. One pathway goes with any batch, B pathways with a batch of B. `torch.save(module, file)` keeps it, and
-        `torch.load(file, weights_only=False)` needs torch alone, but for modules that were passed over with `leaves=…`:
-        these are in it as they are. Raises `RestrictionError` as `masked` and `frozen` do, and `ModelError`.
+        `torch.load(file, weights_only=False)` needs torch alone, but for modules that were passed over with `leaves=…`
+        and autograd functions: these are in it as they are. What pickle does not take, such as parametrized layers
+        (`weight_norm`, …) and classes made within a function, goes into a file, without gradients of its own, by
+        `torch.export.save(torch.export.export(module, args), file)`. Raises `RestrictionError` as `masked` and `frozen`
+        do, and `ModelError`, as for hooks on modules that are not passed over.
         """
         with self.masked(pathways) if at is None else self.frozen(pathways, at):
             return exported(self.traced, self.index, cast(Restriction, self._restriction))

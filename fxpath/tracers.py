@@ -23,6 +23,7 @@ from .reasons import line_of_caller
 from .refusals import unwrapped
 
 _STOPPED = "fxpath_stopped"  # node.meta key of the line that made a node where gradients were switched off
+AUTOGRAD = "fxpath_autograd"  # attribute of functions that call an autograd function: that function
 _ASKED_OF_SHAPES = ("shape", "ndim", "dtype", "device", "layout", "size", "dim", "numel", "stride", "ndimension")
 
 # torch.nn's own modules that hold activations; every other one of torch.nn is a leaf
@@ -117,7 +118,7 @@ class PathTracer(fx.Tracer):
                 raise TypeError(f"a hook of {type(module).__name__} changes how many values there are")
             return given
 
-        setattr(hooks, RUNS_HOOKS, True)
+        setattr(hooks, RUNS_HOOKS, self.path_of_module(module))
         node: Any = self.create_proxy("call_function", hooks, (leaves, *more), {})
         return pytree.tree_unflatten([node[number] for number in range(len(leaves))], form)
 
@@ -165,6 +166,7 @@ def _calling(kind: type[torch.autograd.Function]) -> Callable[..., Any]:
         return kind.apply(*args, **kwargs)
 
     call.__name__ = call.__qualname__ = kind.__name__
+    setattr(call, AUTOGRAD, kind)
     return call
 
 

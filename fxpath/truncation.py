@@ -77,4 +77,4 @@ def _block(traced: Traced, example: Samples, end: fx.Node) -> Site:
 
 
 def _by_sample(value: Tensor, site: Site) -> Tensor:
-    return value.view(-1, site.fold, *value.shape[1:]) if site.fold > 1 else value
+    return value.unflatten(0, (-1, site.fold)) if site.fold > 1 else value  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from footprint import unchanged
 from torch import Tensor, fx, nn
 
 import fxpath
@@ -109,3 +110,37 @@ def test_hooks_never_see_that_there_is_no_data(place: str) -> None:
     fxpath.trace(nn.Sequential(inner, nn.Softmax(1)).eval(), torch.ones(2, 3), check=False)
     assert seen
     assert not any(seen)
+
+
+class Around(nn.Module):
+    """A leaf that holds a module, which other leaves may hold, too."""
+
+    def __init__(self, inner: nn.Module, *, inplace: bool = False) -> None:
+        super().__init__()
+        self.inner, self.inplace = inner, inplace
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.relu_(x) if self.inplace else torch.relu(x)) + self.shift
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_tensors_with_several_names_come_back(inplace: bool) -> None:
+    """A module within two leaves, or within a leaf and its out-of-place form, and called by itself."""
+
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = nn.Linear(4, 4)
+            self.first, self.second, self.tied = Around(inner, inplace=inplace), Around(inner), nn.Linear(4, 4)
+            self.tied.weight = inner.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.tied(self.second(self.first.inner(self.first(x) + self.first.shift))))
+
+    model, x = Shares().eval(), torch.randn(2, 4)
+    for check in (True, False):
+        with unchanged(model):
+            network = fxpath.trace(model, x, leaves=Around, check=check)
+        assert network.traced.tracer == "symbolic_trace"
+        assert torch.equal(network(x), model(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import subprocess
@@ -17,12 +18,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from footprint import unchanged
-from networks import BY_NAME, CASES, MLP, Case, SquaredReLU, TwoInputs, traced
+from networks import BY_NAME, CASES, MLP, Case, DataBranch, SquaredReLU, TwoInputs, image, traced
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils import _pytree as pytree
 
 import fxpath
-from fxpath.errors import ModelError, RestrictionError, SmoothSitesWarning
+from fxpath.errors import ModelError, RestrictionError, SmoothSitesWarning, TraceWarning
 from fxpath.samples import Samples
 
 
@@ -47,6 +49,20 @@ def answered(call: Callable[[Any], Any], x: Any) -> tuple[Any, tuple[Tensor | No
     output = call(samples.inputs)
     bent = sum((leaf * leaf.cos()).sum() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
     return output, torch.autograd.grad(bent, samples.tensors, allow_unused=True)
+
+
+def slopes(call: Callable[[Any], Any], x: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """The gradient of a bent sum of the output in parameters, by name."""
+    bent = sum((leaf * leaf.cos()).sum() for leaf in pytree.tree_leaves(call(x)) if isinstance(leaf, Tensor))
+    return dict(zip(tensors, torch.autograd.grad(bent, list(tensors.values()), allow_unused=True), strict=True))
+
+
+def require_same_slopes(model: nn.Module, network: fxpath.Network, module: fx.GraphModule, x: Any) -> None:
+    """The gradient in every parameter that the module has, bit for bit; `network` is restricted as it is."""
+    found = slopes(lambda x: module(**arguments(module, x)), x, dict(module.named_parameters()))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, slope in slopes(network, x, {name: named[name] for name in found}).items():
+        require_same(found[name], slope)
 
 
 def require_same(one: Any, two: Any) -> None:
@@ -112,6 +128,16 @@ def test_equal_to_the_restricted_network(case: Case, granularity: str) -> None:
         require_equal(network, pathways, case.x(3, seed=5), case.x(batch))
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_gradient_in_parameters_is_the_networks(case: Case) -> None:
+    model = case.model()
+    network = case.trace(model)
+    x, at, pathways = case.x(3, seed=5), case.x(3), some(network, 3)
+    module = network.export(pathways, at=at)
+    with network.frozen(pathways, at=at):
+        require_same_slopes(model, network, module, x)
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["contiguous", "channels_last"])
 def test_a_network_of_torchvision(wide: bool, one_thread: None) -> None:
     form = torch.channels_last if wide else torch.contiguous_format
@@ -134,25 +160,30 @@ def test_values_lie_in_memory_as_the_networks() -> None:
     assert module(case.x(3))["features"]["last"].is_contiguous()
 
 
-def test_without_fxpath(tmp_path: Path) -> None:
-    """Files of several networks, in a process that refuses to import fxpath."""
-    names = [
-        "MLP",
-        "BatchFolded",
-        "ChunkInPlace",
-        "DictInput",
-        "Norms",
-        "DictOutput",
-        "TwinNames",
-        "ShapeBranchInPlace",
-    ]
-    for name in names:
-        network, x, at = traced(name, "channel"), BY_NAME[name].x(3, seed=5), BY_NAME[name].x(3)
-        pathways = some(network, 3)
-        module = network.export(pathways, at=at)
-        with network.frozen(pathways, at=at), torch.no_grad():
-            torch.save((module, arguments(module, x), network(x)), tmp_path / f"{name}.pt")
-    script = """
+STRAIGHT = """
+import torch
+from torch import nn
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return 2 * slope
+
+class Rounded(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            scale = x.abs().amax(1, keepdim=True)
+        return super().forward(Straight.apply(4 * x) * scale)
+"""
+
+ELSEWHERE = """
 import sys, torch
 from torch.utils import _pytree as pytree
 
@@ -162,22 +193,45 @@ class Refused:
             raise ImportError("refused: " + name)
 
 sys.meta_path.insert(0, Refused())
+sys.path.insert(0, ".")
 try:
     import fxpath
 except ImportError as problem:
     print(problem)
 for name in sys.argv[1:]:
-    module, x, expected = torch.load(name + ".pt", weights_only=False)
-    with torch.no_grad():
-        found = module(**x)
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
-    print(name, all(torch.equal(one, two) for one, two in pairs))
+    module, x, expected, slopes = torch.load(name + ".pt", weights_only=False)
+    tensors = [leaf.requires_grad_(leaf.is_floating_point()) for leaf in pytree.tree_leaves(x)]
+    found = module(**x)
+    bent = sum((leaf * leaf.cos()).sum() for leaf in pytree.tree_leaves(found))
+    again = torch.autograd.grad(bent, tensors, allow_unused=True)
+    pairs = zip(pytree.tree_leaves((expected, slopes)), pytree.tree_leaves((found, again)), strict=True)
+    print(name, all(one is two is None or torch.equal(one, two) for one, two in pairs))
 """
+
+
+def test_without_fxpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of all networks that need no class of the tests, in a process that refuses to import fxpath."""
+    (tmp_path / "own_straight.py").write_text(STRAIGHT)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(TraceWarning, match="the gradient stops"):
+        rounded = fxpath.trace(importlib.import_module("own_straight").Rounded().eval(), torch.randn(3, 4))
+    given = {case.name: (traced(case.name, "channel"), case.x(3, seed=5), case.x(3)) for case in CASES}
+    given["rounded"] = (rounded, torch.randn(3, 4), torch.randn(3, 4))
+    del given["CustomLeaf"]
+    for name, (network, x, at) in given.items():
+        pathways = some(network, 3)
+        module = network.export(pathways, at=at)
+        own = arguments(module, x)
+        order = {id(tensor): place for place, tensor in enumerate(Samples(x).tensors)}
+        with network.frozen(pathways, at=at):
+            expected, slopes = answered(network, x)
+        slopes = tuple(slopes[order[id(tensor)]] for tensor in pytree.tree_leaves(own))
+        torch.save((module, own, pytree.tree_map(Tensor.detach, expected), slopes), tmp_path / f"{name}.pt")
     done = subprocess.run(
-        [sys.executable, "-I", "-c", script, *names], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-I", "-c", ELSEWHERE, *given], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["refused: fxpath", *(f"{name} True" for name in names)]
+    assert done.stdout.splitlines() == ["refused: fxpath", *(f"{name} True" for name in given)]
 
 
 @pytest.mark.parametrize("name", ["Plain", "BatchFolded", "ChunkInPlace", "TwoInputs"])
@@ -229,6 +283,41 @@ def test_tensors_are_copies_and_stay_tied() -> None:
     pathways.mask.logical_not_()
     for found in (module, loaded):
         assert torch.equal(found(x), before)
+
+
+class Scaled(nn.Module):
+    """In place where it is told to, with a part and tensors of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inplace, self.inner, self.weight = True, nn.Linear(5, 5), nn.Parameter(torch.rand(5))
+        self.register_buffer("shift", torch.rand(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner((x.relu_() if self.inplace else x.relu()) * self.weight) + self.shift
+
+
+def test_parts_and_tensors_of_a_leaf_keep_their_names() -> None:
+    """They are read and called outside of the leaf, too, which is in the graph in its out-of-place form."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(4, 5), Scaled(), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.act(self.first(x)) + self.act.weight)
+            return self.last(F.relu(self.act.inner(h) + self.act.shift))
+
+    model, x = Reads().double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    network = fxpath.trace(model, x, leaves=Scaled)
+    pathways = some(network, 3)
+    module = require_equal(network, pathways, x, x)
+    assert set(module.state_dict()) - set(model.state_dict()) == {
+        f"pathway.{name}_{number}" for name in ("mask", "constant") for number in (0, 1)
+    }
+    with network.frozen(pathways, at=x):
+        require_same_slopes(model, network, module, x)
 
 
 def test_constants_share_no_memory_with_the_input() -> None:
@@ -396,6 +485,25 @@ def bent(x: Tensor) -> Tensor:
     return x / 2 if x.sum() > 0 else x / 3
 
 
+@pytest.mark.parametrize("normed", [weight_norm, spectral_norm])
+def test_what_torch_cannot_save_runs(normed: Callable[[nn.Module], nn.Module]) -> None:
+    """Parametrized layers, which torch keeps as state_dict or exported program alone."""
+    model = nn.Sequential(normed(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 3)).double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    network = fxpath.trace(model, x)
+    pathways = some(network, 3)
+    module = network.export(pathways, at=x)
+    with network.frozen(pathways, at=x):
+        require_same(answered(module, x), answered(network, x))
+        require_same_slopes(model, network, module, x)
+    with pytest.raises(RuntimeError, match="parametrized modules is only supported through state_dict"):
+        saved(module)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(module, (x,)), file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(x), module(x))
+
+
 def test_functions_of_ones_own_stay_themselves() -> None:
     class Bends(MLP):
         def forward(self, x: Tensor) -> Tensor:
@@ -416,6 +524,170 @@ def test_hooks_of_the_model_stay() -> None:
     module = network.export(pathways)
     with network.masked(pathways):
         assert torch.equal(module(x), network(x))
+
+
+# --- gradients and code of the model's own ---
+
+
+class Rectified(torch.autograd.Function):
+    """A rectifier whose own gradient is not the derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return slopes[0] * torch.where(x > 0, 1.0, ctx.slope), None
+
+
+class Twin(torch.autograd.Function):
+    """Another of the same name, of two tensors in a tuple."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.round(), x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        return slopes[0] + 3 * slopes[1]
+
+
+Twin.__name__ = "Rectified"
+
+
+def test_autograd_functions_keep_their_gradient() -> None:
+    class Own(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            h = Rectified.apply(self[1](self[0](x)) - 0.2, 0.5)
+            rounded, signs = Twin.apply(self[2](h))
+            return Rectified.apply(self[4](self[3](rounded + signs)), 0.25)
+
+    model, x = Own().double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    network = fxpath.trace(model, x)
+    assert network.traced.tracer == "symbolic_trace"
+    pathways = some(network, 3, share=0.9)
+    module = require_equal(network, pathways, x, x)
+    with network.frozen(pathways, at=x):
+        require_same_slopes(model, network, module, x)
+        assert answered(network, x)[1][0].any()  # type: ignore[union-attr]
+
+
+def test_gradients_stop_where_the_models_do() -> None:
+    """Tensors, tuples of them and numbers that are made without gradients."""
+
+    class Stops(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self[1](self[0](x))
+            with torch.no_grad():
+                turned = torch.roll(h, 1, 1)
+                parts, width, (first, last) = h.chunk(3, 1), h.size(1), torch.aminmax(h, dim=1, keepdim=True)
+            h = h * turned + torch.cat(parts, 1) / width + parts[0][:, :1] * (last - first)
+            return self[4](self[3](self[2](h)))
+
+    model, x = Stops().double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    with pytest.warns(TraceWarning, match="the gradient stops"):
+        network = fxpath.trace(model, x)
+    pathways = some(network, 3, share=0.9)
+    module = require_equal(network, pathways, x, x)
+    with network.frozen(pathways, at=x):
+        require_same_slopes(model, network, module, x)
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_the_graph_calls_are_refused(kind: str) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), nn.Linear(5, 3)).eval()
+    seen: list[Any] = []
+    x = torch.randn(3, 4)
+    handle = getattr(model[0], kind)(lambda *given: seen.append(given[-1]))
+    network = fxpath.trace(model, x)
+    seen.clear()
+    with pytest.raises(ModelError, match=r"export: 0 has forward hooks or pre-hooks.*remove them before.*leaves=\("):
+        network.export(some(network, 1))
+    assert not seen
+    leaf = fxpath.trace(nn.Sequential(model, nn.ReLU()).eval(), x, leaves=nn.Sequential)  # the other way out
+    assert torch.equal(leaf.export(fxpath.Pathways(torch.ones(1, 3, dtype=torch.bool), leaf.index))(x), leaf(x))
+    handle.remove()
+    network = fxpath.trace(model, x)
+    require_equal(network, some(network, 1), x, None)
+
+
+def test_fixed_branches_are_not_checked() -> None:
+    """A restricted network keeps the example's branches."""
+
+    class Asking(DataBranch):
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.conv(x))
+            if h.sum() > 0:
+                h = h * int((h > 0).any()) * 2
+            return self.head(h)
+
+    model, x = Asking().double().eval(), image(3)
+    with pytest.warns(TraceWarning, match="a branch is fixed"):
+        network = fxpath.trace(model, x, fix_branches=True)
+    pathways = some(network, 3)
+    module = require_equal(network, pathways, x, x)
+    called = [str(node.target) for node in module.graph.nodes]
+    assert not [name for name in called if "gt" in name or "any" in name]
+    with network.frozen(pathways, at=x):
+        require_same_slopes(model, network, module, x)
+    nothing = fxpath.Pathways(torch.zeros(1, network.index.size, dtype=torch.bool), network.index)
+    require_equal(network, nothing, x, None)
+
+
+def test_a_response_within_the_network() -> None:
+    """Of a layer whose rows are folded into the batch, which the network's output unfolds."""
+
+    class Checked(BY_NAME["BatchFolded"].build):  # type: ignore[misc,name-defined]
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] != 3:
+                raise ValueError("three rows, please")
+            return super().forward(x)  # type: ignore[no-any-return]
+
+    case = BY_NAME["BatchFolded"]
+    response = fxpath.responses.neuron("relu_1", (2, 1))
+    for model, tracer in ((case.model(), "symbolic_trace"), (Checked().double().eval(), "torch.export")):
+        network = fxpath.trace(model, case.x(), response=response)
+        assert network.traced.tracer == tracer
+        module = require_equal(network, some(network, 3), case.x(3, seed=5), case.x(3))
+        assert module(case.x(3)).shape == (3, 3, 3)
+
+
+@dataclass
+class Strict:
+    """An answer that looks at what it is made of."""
+
+    logits: Any
+    probability: Any = None
+
+    def __post_init__(self) -> None:
+        if self.probability is None:
+            self.probability = self.logits.softmax(1)
+        if len(self.logits.shape) != 2:
+            raise ValueError("two axes, please\nnot more")
+
+
+torch.export.register_dataclass(Strict)
+
+
+def test_what_has_no_plain_form() -> None:
+    class Answers(MLP):
+        def forward(self, x: Tensor) -> Any:
+            if x.shape[1] != 4:
+                raise ValueError("four, please")
+            return Strict(super().forward(x))
+
+    x = torch.randn(3, 4)
+    network = fxpath.trace(Answers().eval(), x, response=fxpath.responses.Logit(output="logits"))
+    with pytest.raises(
+        ModelError, match=r"^export: the output of Answers has no plain form: .*; trace a module around"
+    ) as caught:
+        network.export(some(network, 1))
+    assert "\n" not in str(caught.value)
+    assert network._restriction is None
 
 
 # --- everything that can be wrong ---
