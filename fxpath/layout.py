@@ -87,7 +87,7 @@ class Layout:
 def _arranged(given: Any, like: Any) -> Any:
     """`given` with its dicts in the order of those of the example, by which shapes and inputs of the graph go."""
     if isinstance(given, dict) and isinstance(like, dict) and given.keys() == like.keys():
-        made = copy.copy(given)
+        made = copy.copy(like)
         made.clear()
         made.update({name: _arranged(given[name], like[name]) for name in like})
         return made

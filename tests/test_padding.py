@@ -22,7 +22,7 @@ from fxpath.analysis import dead_by_sample, overlap_by_sample
 from fxpath.errors import EmptyPathwaysWarning, InputError, SampleError, SiteError, StoreError
 from fxpath.pathways import Pathways, Scores, Selection
 from fxpath.placement import PlacementWarning
-from fxpath.responses import Logit
+from fxpath.responses import Logit, token
 from fxpath.selectors import Selector
 from fxpath.selectors.contribution import ByScore
 from fxpath.selectors.pruning import Descent
@@ -670,3 +670,17 @@ def test_a_job_begins_though_its_first_sample_has_no_token(tmp_path: Path) -> No
     fxpath.compute(network(9), Late(), tmp_path / "run.h5", selectors=["magnitude"], sparsities=[0.5], progress=False)
     with fxpath.open_store(tmp_path / "run.h5") as store:
         assert store.ok.tolist() == [False, False, True]
+
+
+def test_a_response_that_reads_padding_is_refused() -> None:
+    """The last position is no token of a short sentence; it is one of whole ones."""
+    x = sentences([6, 4, 6]) | {"use_cache": False}
+    traced = trace_any(weighted(gpt2()), x, response=token(-1), padding="attention_mask")
+    for run in (fxpath.NeuronMCT(), fxpath.NeuronIntGrad(steps=2), fxpath.Magnitude()):
+        with pytest.raises(SampleError, match=r"'token:position=-1' reads a padding token of sample 1; ") as raised:
+            run.scores(traced, x)
+        assert list(raised.value.positions) == [1]
+    whole = sentences([6, 6]) | {"use_cache": False}
+    assert fxpath.NeuronMCT().scores(traced, whole).signed.any()
+    early = trace_any(weighted(gpt2()), x, response=token(3), padding="attention_mask")
+    assert fxpath.NeuronMCT().scores(early, x).signed.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import fxpath
 from fxpath import responses
 from fxpath.ablation import marginal_contributions
-from fxpath.errors import FxpathError, InputError, NoContributionWarning, SiteError, TraceWarning
+from fxpath.errors import BranchError, FxpathError, InputError, NoContributionWarning, SiteError, TraceWarning
 from fxpath.job import Job
 from fxpath.outputs import read_path
 from fxpath.pathways import Pathways
@@ -1025,3 +1026,64 @@ def test_many_parts_are_not_all_listed() -> None:
     with pytest.raises(InputError, match=r"part11 \(3, 3\) float64, … 30 in all; pick") as raised:
         fxpath.trace(model, x).respond(x)
     assert "part12" not in str(raised.value)
+
+
+def test_functions_are_told_apart_by_what_they_hold() -> None:
+    """A job does not go on with the results of another response."""
+
+    def scaled(output: Tensor, by: float = 1.0, *, row: int = 0) -> Tensor:
+        return output[:, row] * by
+
+    def held(weights: Any) -> Any:
+        return lambda output: (output * weights).sum(1)
+
+    class Own:
+        def __init__(self, by: float) -> None:
+            self.by = by
+
+        def __call__(self, output: Tensor) -> Tensor:
+            return output[:, 0] * self.by
+
+    def keyword(row: int) -> Any:
+        def read(output: Tensor, *, row: int = row) -> Tensor:
+            return output[:, row]
+
+        return read
+
+    made: dict[str, Callable[[int], Any]] = {
+        "partial": lambda n: functools.partial(scaled, by=float(n)),
+        "tensor": lambda n: held(torch.full((4,), float(n))),
+        "array": lambda n: held(np.full(4, n)),
+        "function": lambda n: held(lambda y: y * 2) if n == 1 else held(lambda y: y * 3),
+        "keyword": keyword,
+        "object": lambda n: Own(float(n)),
+        "method": lambda n: Own(float(n)).__call__,
+    }
+    found = {name: [identity(OutputFunction(make(n))) for n in (1, 1, 2)] for name, make in made.items()}
+    for name, (one, again, other) in found.items():
+        assert one == again, name
+        assert one != other, name
+        assert " at 0x" not in one
+
+
+def test_a_hidden_neuron_of_a_network_with_fixed_branches() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.h, self.o = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.h(F.relu(self.a(x) if x.sum() > 0 else self.b(x)))
+            return self.o(h if h.sum() > 1e9 else 2 * h)
+
+    model, x = double(Forked), torch.ones(2, 3, dtype=torch.float64)
+    with pytest.warns(TraceWarning, match="a branch is fixed"):
+        network = fxpath.trace(model, x, response=neuron("h", (0,)), fix_branches=True)
+    assert network.respond(x).shape == (2,)
+    with pytest.raises(BranchError, match=r"x\.sum\(\) > 0"):
+        network(-x)
+    with pytest.warns(TraceWarning, match="a branch is fixed"):
+        whole = fxpath.trace(model, x, fix_branches=True)
+    assert whole.suffix("relu").cache(x)[0].shape == (2, 4)
+    with pytest.raises(BranchError, match=r"x\.sum\(\) > 0"):
+        whole.suffix("relu").cache(-x)
