@@ -158,7 +158,8 @@ def test_modules_within_formulas_chosen_by_name_or_type(name: str) -> None:
     for sites in (kind, "function.act", [kind, "function.act"]):
         network = trace_any(model, x, sites=sites)
         assert [(site.name, site.op) for site in network.sites] == [("function.act", kind.__name__.lower())]
-    assert choose_sites(network._module, kind)[0].rectifier == (kind in (nn.ReLU6, nn.Hardtanh))
+    (chosen,) = choose_sites(trace_any(model, x)._module, kind)
+    assert chosen.rectifier == (kind in (nn.ReLU6, nn.Hardtanh))
 
 
 def test_gates_of_modules_that_are_no_formulas() -> None:
