@@ -14,7 +14,7 @@ from .errors import SiteError, unknown
 from .inplace import NUMBERS
 from .naming import NAME
 from .nodes import argument, called_module, carries_data, operation
-from .patterns import by_node, formulas_of
+from .patterns import by_node, formulas_of, is_zero
 
 SiteSpec: TypeAlias = "str | type[nn.Module] | Callable[[fx.Node], bool] | Sequence[str | type[nn.Module]]"
 
@@ -51,10 +51,6 @@ class Activation:
         return str(self.node.meta[NAME])
 
 
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
-
-
 def classify(node: fx.Node) -> Activation | None:
     """The activation that a node executes, or None."""
     if node.op == "call_module":
@@ -78,11 +74,11 @@ def classify(node: fx.Node) -> Activation | None:
     if name in _CLAMPS:
         low, high = argument(node, 1, "min"), None if name == "clamp_min" else argument(node, 2, "max")
         # a clamp between other numbers, or from above alone, is no activation but a limit on values
-        return Activation(node, "clamp", True) if _is_zero(low) and not isinstance(high, fx.Node) else None
+        return Activation(node, "clamp", True) if is_zero(low) and not isinstance(high, fx.Node) else None
     if name in _BOUNDED:
         second = argument(node, 2, "value") if name == "threshold" else 0
         low = argument(node, 1, "min_val", "threshold")
-        return Activation(node, name, _is_zero(low) and _is_zero(second))
+        return Activation(node, name, is_zero(low) and is_zero(second))
     if name == "_addmm_activation":  # a linear layer and its activation in one
         return Activation(node, "addmm_activation", node.kwargs.get("use_gelu") is not True)
     return Activation(node, name, False) if name in _SMOOTH_NAMES else None
@@ -201,7 +197,7 @@ def choose_sites(module: fx.GraphModule, spec: SiteSpec) -> list[Activation]:
             raise SiteError(f"sites: {shown!r} matches no node. {listing}")
         picked.update(found)
     order = [node for node in candidates if node in picked]
-    return [by_node.get(node) or Activation(node, _plain_op(node), False) for node in order]
+    return [by_node.get(node) or classify(node) or Activation(node, _plain_op(node), False) for node in order]
 
 
 def _plain_op(node: fx.Node) -> str:

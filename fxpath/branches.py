@@ -148,6 +148,8 @@ class BranchTracer(PathTracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    # fx's proxies alone call the next two: for `if h:` and for `for part in h:`
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.ask(obj, bool))
 

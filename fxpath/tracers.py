@@ -7,7 +7,6 @@ opened, hooks and autograd functions become nodes that call them, and values mad
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +38,8 @@ _OPENED = (
 class PathTracer(fx.Tracer):
     """fx's tracer, with more leaf modules, and with in-place operators, hooks and custom gradients recorded as such.
 
-    `scripted` and `autocast` say what it met on its way: TorchScript modules, and the line where autocast is switched.
+    `scripted` and `autocast` say what it met on its way: TorchScript modules, and the line where autocast is switched;
+    `functions` are what its graph calls for the autograd functions that it met.
     """
 
     def __init__(self, leaves: Sequence[type[nn.Module]] = ()) -> None:
@@ -50,6 +50,7 @@ class PathTracer(fx.Tracer):
         self.scripted: list[str] = []
         self.autocast: str | None = None
         self._autocast_before: tuple[Any, ...] = ()
+        self.functions: dict[type[torch.autograd.Function], Callable[..., Any]] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self._autocast_before = _autocast_state()
@@ -103,10 +104,15 @@ class PathTracer(fx.Tracer):
             return inner(*args, **kwargs)
         if isinstance(m, torch.jit.ScriptModule) or self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
-        if m._forward_pre_hooks:
-            args, kwargs = self._through(m, _run_pre_hooks, (args, kwargs))
-        output = super().call_module(m, m.forward, args, kwargs)  # not `forward`: that runs hooks, on proxies
-        return self._through(m, _run_hooks, output, args, kwargs) if m._forward_hooks else output
+        if not _hooked(m):
+            return super().call_module(m, m.forward, args, kwargs)
+
+        def within(*args: Any, **kwargs: Any) -> Any:  # not `forward`: that runs hooks, on proxies
+            given = self._through(m, _run_pre_hooks, (args, kwargs)) if m._forward_pre_hooks else (args, kwargs)
+            output = m.forward(*given[0], **given[1])
+            return self._through(m, _run_hooks, output, *given) if m._forward_hooks else output
+
+        return super().call_module(m, within, args, kwargs)  # the nodes of hooks are the module's own
 
     def _through(self, module: nn.Module, run: Callable[..., Any], value: Any, *more: Any) -> Any:
         """`value` after a node that calls the hooks of a module with the values there are when the graph runs."""
@@ -158,7 +164,6 @@ def _run_hooks(module: nn.Module, output: Any, args: tuple[Any, ...], kwargs: Ma
 # --- autograd functions ---------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def _calling(kind: type[torch.autograd.Function]) -> Callable[..., Any]:
     """A function of the name of an autograd function, that calls it."""
 
@@ -171,7 +176,7 @@ def _calling(kind: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
+def _functions_recorded(tracer: PathTracer) -> Iterator[None]:
     """Let autograd functions become nodes: fx would trace their forward and lose the gradient they define.
 
     The blocks of `torch.utils.checkpoint` are looked into instead: their gradient is that of what they hold.
@@ -185,7 +190,9 @@ def _functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
             return block(*inputs)
         if not traced:
             return plain.__get__(None, kind)(*args, **kwargs)
-        return tracer.create_proxy("call_function", _calling(kind), args, kwargs)
+        if kind not in tracer.functions:
+            tracer.functions[kind] = _calling(kind)
+        return tracer.create_proxy("call_function", tracer.functions[kind], args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)
     try:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from footprint import Watched, require_clean_failures, unchanged
-from networks import Branching, DataBranch, DataBranchInLeaf, image
+from networks import Branching, DataBranch, DataBranchInLeaf, image, trace_any
 from timm.layers import DropPath
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -684,6 +684,53 @@ def test_hooks_that_record_see_values_and_stay() -> None:
     model(x)
     assert len(found) == 4
     assert found == seen
+
+
+class Block(nn.Module):
+    """A block of several operations, and a block in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.inner = nn.Linear(4, 4), Around(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(torch.tanh(self.fc(x))) + x
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.head = Block(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.b(F.relu(self.b(x))))
+
+
+class BlocksExported(Blocks):
+    def forward(self, x: Tensor, *more: Any) -> Any:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("sites", ["b", Block, "b.inner"])
+@pytest.mark.parametrize("hooked", ["b", "b.inner", "b.fc"])
+@pytest.mark.parametrize("kind", [Blocks, BlocksExported])
+def test_what_a_hooked_module_gives_is_what_its_hooks_give(kind: type[Blocks], hooked: str, sites: Any) -> None:
+    torch.manual_seed(0)
+    model, x = kind().double().eval(), rows(3)
+    part = model.get_submodule(hooked)
+    part.register_forward_hook(lambda module, args, output: output * 2)
+    part.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    network = trace_any(model, x, sites=sites)
+    assert network.traced.tracer == ("symbolic_trace" if kind is Blocks else "torch.export")
+    seen: list[Tensor] = []
+    where = model.get_submodule(sites if isinstance(sites, str) else "b")
+    last = where.register_forward_hook(lambda module, args, output: seen.append(output))  # sees what others gave
+    with torch.no_grad():
+        model(x)
+    last.remove()
+    assert len(network.sites) == 2
+    for found, expected in zip(network.activations(x), seen, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_hook_that_changes_how_many_values_there_are() -> None:

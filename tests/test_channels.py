@@ -114,6 +114,197 @@ def test_the_channel_axis(name: str) -> None:
     assert (site.shape, site.axis, site.neurons) == (block, axis, block[axis])
 
 
+MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int | None, int | None]] = {
+    # of a tensor (B, 3, 4, 5): where axis 1 and axis 3 are in the block afterwards; None: gone
+    "moveaxis": (lambda h: h.moveaxis(1, -1), 2, 1),
+    "moveaxis of several": (lambda h: torch.moveaxis(h, (1, 3), (3, 1)), 2, 0),
+    "mH": (lambda h: h.mH, 0, 1),
+    "adjoint": (torch.adjoint, 0, 1),
+    "H": (lambda h: h.mean((1, 2)).H.H, None, 0),
+    "T": (lambda h: h[:, :, 0].permute(2, 1, 0).T, 0, 1),
+    "swapdims": (lambda h: torch.swapdims(h, 1, 3), 2, 0),
+    "swapaxes by names": (lambda h: h.swapaxes(axis0=1, axis1=2), 1, 2),
+    "diagonal": (lambda h: h.diagonal(dim1=1, dim2=2), 1, 0),
+    "diagonal with the last": (lambda h: torch.diagonal(h, 1, 2, 3), 0, 1),
+    "diagonal of linalg": (torch.linalg.diagonal, 0, 1),
+    "diagonal of linalg, by axes": (lambda h: torch.linalg.diagonal(h, dim1=1, dim2=2), 1, 0),
+    "rot90": (lambda h: torch.rot90(h, 1, [1, 2]), 1, 2),
+    "rot90 thrice": (lambda h: torch.rot90(h, 3, (1, 3)), 2, 0),
+    "rot90 twice": (lambda h: h.rot90(2, (1, 3)), 0, 2),
+    "split": (lambda h: h.split(2, 1)[0], 0, 2),
+    "chunk": (lambda h: h.chunk(2, 3)[1], 0, 2),
+    "tensor_split": (lambda h: torch.tensor_split(h, 2, 2)[0], 0, 2),
+    "unbind": (lambda h: h.unbind(2)[1], 0, 1),
+    "unbind and stack": (lambda h: torch.stack(h.unbind(1), 3), None, 1),
+    "roll": (lambda h: h.roll(1, 2), 0, 2),
+    "flip": (lambda h: h.flip(1, 2), 0, 2),
+    "narrow": (lambda h: h.narrow(2, 0, 2), 0, 2),
+    "unfold": (lambda h: h.unfold(2, 2, 1), 0, 2),
+    "unfold on the channels": (lambda h: h.unfold(3, 2, 2).flatten(3), 0, 2),
+    "patches and back": (lambda h: F.fold(F.unfold(h, (4, 1)), (4, 5), (4, 1)), 0, None),
+    "patches of four": (lambda h: F.unfold(h, 4), 0, None),
+    "fft": (lambda h: torch.fft.fft2(h, dim=(1, 2)).abs(), 0, 2),
+    "view_as_real": (lambda h: torch.view_as_real(torch.fft.rfft(h, dim=2)), 0, 2),
+    "rearranged": (lambda h: h.reshape(-1, 3, 2, 2, 5).permute(0, 4, 2, 1, 3).flatten(3), 2, 0),
+    "merged and parted": (lambda h: h.flatten(1, 2).mT.unflatten(2, (3, 4)), 1, 0),
+    "mean by axis": (lambda h: h.mean(axis=2), 0, 1),
+    "norm": (lambda h: h.norm(2, 1), None, 1),
+    "norm of linalg": (lambda h: torch.linalg.vector_norm(h, 2, 2), 0, 1),
+    "quantile": (lambda h: h.quantile(0.5, 2), 0, 1),
+    "tiled": (lambda h: h.tile(1, 2, 1, 2), 0, 2),
+    "number after all": (lambda h: h[..., 0, :], 0, 1),
+    "number and new axis": (lambda h: h[:, None, 0], None, 2),
+    "places in a list": (lambda h: h[:, 1, [0, 2]], None, 1),
+    "new axes about": (lambda h: h[:, :, None, ..., None, 0, :], 0, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("name", MOVES)
+def test_channels_that_are_moved(name: str, last: bool) -> None:
+    """Where channels were made on axis 1 or on the last; values that differ along them alone say where they are."""
+    moved, *expected = MOVES[name]
+    shape = (4, 3, 4, 5)
+    maker = nn.Linear(2, 5) if last else nn.Conv2d(2, 3, 1)
+    model = Layout(maker, moved).eval()
+    network = fxpath.trace(model, torch.randn(4, 3, 4, 2) if last else torch.randn(4, 2, 4, 5), granularity="channel")
+    (site,) = network.sites
+    axis = expected[last]
+    assert site.axis == (0 if axis is None else axis)
+    if axis is not None and name not in ("fft", "view_as_real", "patches and back"):  # these mix other axes
+        numbers = torch.arange(1.0, shape[3] + 1) if last else torch.arange(1.0, shape[1] + 1)[:, None, None]
+        found = moved(numbers.expand(shape))
+        assert not torch.equal(found, found.roll(1, axis + 1))
+
+
+def heads(h: Tensor) -> Tensor:
+    """(B, 6 tokens, 8 channels) as two heads, (B, 2, 6, 4)."""
+    return h.view(h.shape[0], 6, 2, 4).transpose(1, 2)
+
+
+def merged(h: Tensor) -> Tensor:
+    return h.transpose(1, 2).reshape(h.shape[0], 6, 8)
+
+
+def softmax(h: Tensor) -> Tensor:
+    return F.softmax(h / 2, dim=-1)
+
+
+def maps(h: Tensor) -> Tensor:
+    return h.view(h.shape[0], 8, -1)
+
+
+class Attending(nn.Module):
+    """Queries, keys and values of tokens and of images, and what a body makes of them."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.qkv = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(3, 24)
+        self.slots, self.image, self.f = nn.Linear(3, 2), nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.value, self.gamma, self.scale = (
+            nn.Conv2d(3, 8, 1),
+            nn.Parameter(torch.ones(1)),
+            nn.Parameter(torch.ones(8)),
+        )
+        self.body = body
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        return F.relu(self.body(self, x)).flatten(1)
+
+
+class AttendingBound(Attending):
+    """The same without `*more`, which symbolic_trace can bind."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+def parts(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of two heads, from one linear layer."""
+    q, k, v = m.qkv(x).reshape(x.shape[0], 6, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def over_maps(m: Any, x: Tensor) -> Tensor:
+    """The attention of SAGAN."""
+    attention = torch.softmax(torch.bmm(maps(m.image(x)).permute(0, 2, 1), maps(m.f(x))), dim=-1)
+    found = torch.bmm(maps(m.value(x)), attention.permute(0, 2, 1))
+    return m.gamma * found.view(x.shape[0], 8, 4, 5) + m.image(x)
+
+
+TOKENS, IMAGE = (6, 3), (3, 4, 5)
+PRODUCTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], tuple[int, ...], int]] = {
+    # what is computed, of which input, the site's block, the channel axis within it
+    "attention": (lambda m, x: softmax(m.q(x) @ m.k(x).mT) @ m.v(x), TOKENS, (6, 8), 1),
+    "attention itself": (lambda m, x: softmax(m.q(x) @ m.k(x).mT), TOKENS, (6, 6), 0),
+    "in heads": (
+        lambda m, x: merged(softmax(heads(m.q(x)) @ heads(m.k(x)).mT) @ heads(m.v(x))), TOKENS, (6, 8), 1,
+    ),
+    "in heads, not merged": (
+        lambda m, x: softmax(heads(m.q(x)) @ heads(m.k(x)).mT) @ heads(m.v(x)), TOKENS, (2, 6, 4), 0,
+    ),
+    "in heads, itself": (lambda m, x: softmax(heads(m.q(x)) @ heads(m.k(x)).mT), TOKENS, (2, 6, 6), 0),
+    "of one layer": (
+        lambda m, x: (lambda q, k, v: merged(softmax(q @ k.mT) @ v))(*parts(m, x)), TOKENS, (6, 8), 1,
+    ),
+    "of one layer, heads folded": (
+        lambda m, x: (lambda q, k, v: merged(
+            torch.bmm(softmax(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT)), v.flatten(0, 1)).unflatten(0, (-1, 2))
+        ))(*parts(m, x)), TOKENS, (6, 8), 1,
+    ),
+    "by einsum": (
+        lambda m, x: torch.einsum(
+            "bhqk,bhkd->bqhd", softmax(heads(m.q(x)) @ heads(m.k(x)).mT), heads(m.v(x))
+        ).flatten(2), TOKENS, (6, 8), 1,
+    ),
+    "by einsum with dots": (
+        lambda m, x: torch.einsum("...qk,...kd", softmax(m.q(x) @ m.k(x).mT), m.v(x)), TOKENS, (8, 6), 0,
+    ),
+    "scaled_dot_product_attention": (
+        lambda m, x: merged(F.scaled_dot_product_attention(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))),
+        TOKENS, (6, 8), 1,
+    ),
+    "linear attention": (lambda m, x: m.q(x) @ (m.k(x).mT @ m.v(x)), TOKENS, (6, 8), 1),
+    "slots": (lambda m, x: m.slots(x).softmax(1).mT @ m.v(x), TOKENS, (2, 8), 1),
+    "by names": (lambda m, x: torch.matmul(input=softmax(m.q(x) @ m.k(x).mT), other=m.v(x)), TOKENS, (6, 8), 1),
+    "baddbmm": (
+        lambda m, x: torch.baddbmm(m.v(x), softmax(m.q(x) @ m.k(x).mT), m.v(x), beta=0.5), TOKENS, (6, 8), 1,
+    ),
+    "distances": (lambda m, x: torch.cdist(m.q(x).mT, m.k(x).mT[:, :3]), TOKENS, (8, 3), 0),
+    "by a vector": (lambda m, x: maps(m.image(x)) @ torch.ones(20), IMAGE, (8,), 0),
+    "over maps": (over_maps, IMAGE, (8, 4, 5), 0),
+    "over channels": (
+        lambda m, x: softmax(maps(m.image(x)) @ maps(m.f(x)).mT) @ maps(m.value(x)), IMAGE, (8, 20), 0,
+    ),
+    "scaled by einsum": (lambda m, x: torch.einsum("bchw,c->bchw", m.image(x), m.scale), IMAGE, (8, 4, 5), 0),
+    "maps by maps": (lambda m, x: m.image(x) @ m.f(x).mT, IMAGE, (8, 4, 4), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [AttendingBound, Attending], ids=["symbolic_trace", "torch.export"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_data_make_no_channels(name: str, kind: type[Attending]) -> None:
+    """The axes that are not summed over stay channels: those of the values, not those of the attention."""
+    body, shape, block, axis = PRODUCTS[name]
+    network = fxpath.trace(kind(body).eval(), torch.randn(2, *shape), granularity="channel", sites=["relu"])
+    (site,) = network.sites
+    assert (site.shape, site.axis) == (block, axis)
+    assert network.traced.tracer == ("torch.export" if kind is Attending else "symbolic_trace")
+
+
+def test_long_chains_of_products() -> None:
+    """Each product reads the one before twice."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        h = m.image(x)[..., :4]
+        for _ in range(60):
+            h = h @ h / 8
+        return h
+
+    (site,) = fxpath.trace(AttendingBound(body).eval(), torch.randn(2, 3, 4, 5), granularity="channel").sites
+    assert (site.shape, site.axis) == ((8, 4, 4), 0)
+
+
 def test_windows_folded_into_the_batch() -> None:
     """A sample's windows are rows of its block; its channels are still found, and the gates fit."""
 

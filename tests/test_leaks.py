@@ -300,6 +300,41 @@ def test_the_example_is_let_go(model: Sighted) -> None:
         assert reference() is None
 
 
+class Applying(nn.Module):
+    """Applies an autograd function twice."""
+
+    def __init__(self, kind: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.kind = nn.Linear(4, 4), nn.Linear(4, 3), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.relu(self.kind.apply(self.kind.apply(self.fc1(x)))))
+
+
+def test_autograd_functions_are_let_go() -> None:
+    """A class made in a notebook again and again, with all that its cell holds."""
+
+    def run() -> weakref.ref[Any]:
+        class Twice(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return 2 * x
+
+            @staticmethod
+            def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+                return 2 * slopes[0]
+
+        network = fxpath.trace(Applying(Twice).eval(), torch.randn(2, 4))
+        targets = [node.target for node in network._module.graph.nodes]
+        one, two = (target for target in targets if getattr(target, "__name__", "") == "Twice")
+        assert one is two
+        return weakref.ref(Twice)
+
+    kept = run()
+    gc.collect()
+    assert kept() is None
+
+
 def resident() -> float:
     return psutil.Process().memory_info().rss / 2**20
 

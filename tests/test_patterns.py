@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fxpath
 from fxpath.activations import RECTIFIERS as RECTIFYING
-from fxpath.activations import activations_of
+from fxpath.activations import activations_of, choose_sites
 from fxpath.errors import SiteError
 from fxpath.samples import Samples
 from fxpath.tracing import _export
@@ -66,6 +66,39 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "hardswish": (lambda x: x * F.relu6(x + 3) / 6, "hardswish"),
     "hardswish, gate first": (lambda x: x * (F.relu6(x + 3.0) / 6), "hardswish"),
     "hardswish by clamp": (lambda x: x * torch.clamp(x + 3, min=0, max=6) / 6, "hardswish"),
+    "softsign": (lambda x: x / (1 + x.abs()), "softsign"),
+    "softsign by names": (lambda x: torch.div(input=x, other=1 + x.abs()), "softsign"),
+    "softsign by other names": (lambda x: x.divide(1 + torch.absolute(x)), "softsign"),
+    "tanhshrink": (lambda x: x - torch.tanh(x), "tanhshrink"),
+    "tanhshrink by names": (lambda x: torch.sub(input=x, other=x.tanh()), "tanhshrink"),
+    "tanhshrink turned round": (lambda x: torch.rsub(x.tanh(), x), "tanhshrink"),
+    "gated by another sum": (lambda x: x * (1 / (2 + torch.exp(-x))), "self_gated"),
+}
+
+
+class OfModules(nn.Module):
+    """A formula that calls modules: `body` gets them and x."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor], act: nn.Module, more: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body, self.act, self.more, self.fc = body, act, more, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+MODULES: dict[str, tuple[nn.Module, str]] = {
+    "silu": (OfModules(lambda m, x: x * m.act(x), nn.Sigmoid()), "silu"),
+    "hardswish": (OfModules(lambda m, x: x * m.act(x + 3) / 6, nn.ReLU6()), "hardswish"),
+    "hardswish in place": (OfModules(lambda m, x: x * (m.act(x + 3) / 6), nn.ReLU6(inplace=True)), "hardswish"),
+    "hardswish by hardtanh": (OfModules(lambda m, x: x * m.act(x + 3) / 6, nn.Hardtanh(0, 6)), "hardswish"),
+    "hardswish by hardsigmoid": (OfModules(lambda m, x: x * m.act(x), nn.Hardsigmoid()), "hardswish"),
+    "mish": (OfModules(lambda m, x: x * m.act(m.more(x)), nn.Tanh(), nn.Softplus()), "mish"),
+    "gelu by tanh": (
+        OfModules(lambda m, x: 0.5 * x * (1 + m.act(0.797885 * (x + 0.044715 * x**3))), nn.Tanh()),
+        "gelu",
+    ),
+    "tanhshrink": (OfModules(lambda m, x: x - m.act(x), nn.Tanh()), "tanhshrink"),
 }
 
 
@@ -103,10 +136,10 @@ def test_rectifiers_as_formulas(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("name", [*SMOOTH, *(f"{name} of modules" for name in MODULES)])
 def test_smooth_activations_as_formulas(name: str, way: str) -> None:
     """One site, the formula's value; what it is made of (a sigmoid, a tanh, a relu6) is none."""
-    function, op = SMOOTH[name]
+    function, op = SMOOTH[name] if name in SMOOTH else MODULES[name.removesuffix(" of modules")]
     model, x = WAYS[way](function).double().eval(), torch.randn(3, 5, dtype=torch.float64)
     network = trace_any(model, x)
     assert network.traced.tracer == way
@@ -116,6 +149,39 @@ def test_smooth_activations_as_formulas(name: str, way: str) -> None:
         torch.testing.assert_close(network.activations(x)[0], function(h + model.two(h)))
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_within_formulas_chosen_by_name_or_type(name: str) -> None:
+    """By choice of the user's, and then what they are."""
+    function, _ = MODULES[name]
+    model, x = Bound(function).double().eval(), torch.randn(3, 5, dtype=torch.float64)
+    kind = type(function.act)
+    for sites in (kind, "function.act", [kind, "function.act"]):
+        network = trace_any(model, x, sites=sites)
+        assert [(site.name, site.op) for site in network.sites] == [("function.act", kind.__name__.lower())]
+    (chosen,) = choose_sites(trace_any(model, x)._module, kind)
+    assert chosen.rectifier == (kind in (nn.ReLU6, nn.Hardtanh))
+
+
+def test_gates_of_modules_that_are_no_formulas() -> None:
+    """On another tensor, altered by a hook, of a type of the user's."""
+
+    class Own(nn.Sigmoid):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(2 * input)
+
+    hooked = nn.Sigmoid()
+    hooked.register_forward_hook(lambda module, args, output: output * 2)
+    for function in (
+        OfModules(lambda m, x: x * m.act(m.fc(x)), nn.Sigmoid()),
+        OfModules(lambda m, x: x * m.act(x.flip(1)), nn.Sigmoid()),
+        OfModules(lambda m, x: x * m.act(x), hooked),
+        OfModules(lambda m, x: x * m.act(x), Own()),
+    ):
+        leaves = (Own,) if isinstance(function.act, Own) else ()
+        (site,) = trace_any(Bound(function).eval(), torch.randn(3, 5), leaves=leaves).sites
+        assert (site.name, site.op) == ("function.act", "sigmoid")
+
+
 def gated_by_another(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x.flip(1))
 
@@ -123,6 +189,11 @@ def gated_by_another(x: Tensor) -> Tensor:
 def shared_gate(x: Tensor) -> Tensor:
     gate = torch.sigmoid(x)
     return x * gate + gate
+
+
+def several_multiples(x: Tensor) -> Tensor:
+    s = x + x.abs()
+    return s / 2 + 0.1 * s
 
 
 @pytest.mark.parametrize(
@@ -138,6 +209,15 @@ def shared_gate(x: Tensor) -> Tensor:
         (lambda x: x * (x.flip(1) > 0), []),
         (lambda x: torch.max(x, 0).values.expand(6).expand_as(x) + x, []),  # a maximum along the batch axis
         (lambda x: x * 0.5, []),
+        (lambda x: torch.log(x.exp() + 2), []),  # softplus, had it added 1
+        (lambda x: torch.log(torch.add(x.exp(), 1, alpha=2)), []),
+        (lambda x: x / (1e-6 + x.abs()), []),  # a sign rather than a softsign
+        (lambda x: 1 / (1e-6 + torch.exp(-x)), []),
+        (lambda x: x - 2 * torch.tanh(x), ["tanh"]),
+        (lambda x: torch.sub(x, torch.tanh(x), alpha=2), ["tanh"]),
+        (lambda x: torch.tanh(x) - x, ["tanh"]),
+        (several_multiples, ["relu"]),  # the sum, which both multiples read
+        (lambda x: torch.clamp(x, min=torch.zeros_like(x)), ["clamp"]),
         (lambda x: F.relu(x) * torch.sigmoid(F.relu(x)), ["relu", "relu", "sigmoid"]),  # two executions, two sites
     ],
 )
@@ -148,7 +228,7 @@ def test_what_is_no_rectifier(function: Callable[[Tensor], Tensor], ops: list[st
         node.meta["fxpath_name"] = node.name
     found = activations_of(module)
     assert [activation.op for activation in found] == ops
-    assert all(activation.rectifier == (activation.op == "relu") for activation in found)
+    assert all(activation.rectifier == (activation.op in ("relu", "clamp")) for activation in found)
 
 
 def test_a_buffer_that_is_zero_today_makes_no_rectifier() -> None:
@@ -180,12 +260,26 @@ def test_whole_numbers_are_no_activations() -> None:
     assert [site.name for site in network.sites] == ["relu"]
 
 
+class Values(torch.fx.Interpreter):
+    """Runs a graph and keeps what each node gives."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seen: dict[torch.fx.Node, Any] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        with torch.no_grad():
+            self.seen[n] = super().run_node(n)
+        return self.seen[n]
+
+
 NN = [
     nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(0, 4), nn.Threshold(0, 0),
     nn.LeakyReLU(), nn.LeakyReLU(inplace=True), nn.PReLU(), nn.PReLU(6), nn.RReLU(), nn.ELU(), nn.SELU(), nn.CELU(),
     nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.SiLU(inplace=True), nn.Mish(), nn.Hardswish(),
     nn.Hardswish(inplace=True), nn.Hardsigmoid(), nn.Softplus(), nn.Softsign(), nn.Softshrink(), nn.Hardshrink(),
-    nn.Tanhshrink(), nn.Tanh(), nn.Sigmoid(), nn.LogSigmoid(), nn.GLU(),
+    nn.Tanhshrink(), nn.Tanh(), nn.Sigmoid(), nn.LogSigmoid(), nn.GLU(), nn.Hardshrink(0.1), nn.Softshrink(0.1),
+    nn.Softplus(2.0), nn.CELU(0.5), nn.ELU(0.5),
 ]  # fmt: skip
 
 
@@ -201,7 +295,11 @@ def test_activations_of_torch_nn_in_exported_graphs(module: nn.Module, functiona
     found = activations_of(graph.graph_module)
     plain = activations_of(trace_any(model, x, sites="activations")._module)
     assert [a.rectifier for a in found] == [a.rectifier for a in plain]
-    assert len(found) == 1
+    (one,) = found
+    values = Values(graph.graph_module)
+    values.run(x)
+    with torch.no_grad():
+        torch.testing.assert_close(values.seen[one.node], module(model[0](x)))  # of the whole, not of a part
 
 
 def test_fused_linear_activations() -> None:
