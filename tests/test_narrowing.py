@@ -49,7 +49,7 @@ def softened(h: Tensor) -> Tensor:
 
 
 def reread(h: Tensor) -> Tensor:
-    return h.mean([2, 3]) + h.amax()
+    return h.mean([2, 3]) + h.amax([1, 2, 3]).unsqueeze(1)
 
 
 def centred(h: Tensor) -> Tensor:
