@@ -101,7 +101,10 @@ class _Writer:
                 f"export: a part of {type(self.source).__name__} cannot be copied: {short(problem)}; take what is no "
                 "leaf tensor (old-style weight or spectral norm) out of it first: torch.nn.utils.remove_weight_norm(…)"
             ) from problem
-        return fx.GraphModule(own | self.buffers, self.graph, type(self.source).__name__).eval()
+        own |= self.buffers
+        for name in _cut_by_numbers(self.graph):
+            own[name] = nn.Parameter(own[name], requires_grad=False)
+        return fx.GraphModule(own, self.graph, type(self.source).__name__).eval()
 
     def _proxy(self, node: fx.Node) -> Any:
         """What stands for a node where code is written as usual; it appends to the graph."""
@@ -286,6 +289,20 @@ class _Writer:
 def _dense(tensor: Tensor) -> Tensor:
     """A copy that shares no memory, that of a view of a larger tensor no larger than itself."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _cut_by_numbers(graph: fx.Graph) -> set[str]:
+    """Tensors that are indexed by values of the graph, as a table of positions is by a length.
+
+    Loading a saved module runs its code on proxies, which a buffer cannot be indexed by; a parameter is one, too.
+    """
+    found = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            readers = [user for user in node.users if user.target is operator.getitem or user.op == "call_method"]
+            if any(len(user.all_input_nodes) > 1 for user in readers):
+                found.add(str(node.target))
+    return found
 
 
 def _is_answer(node: fx.Node) -> bool:

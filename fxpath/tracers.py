@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -73,8 +74,11 @@ class PathTracer(fx.Tracer):
         if isinstance(m, torch.jit.ScriptModule):
             self.scripted.append(module_qualified_name)
             return True
-        plain = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
-        return isinstance(m, self.leaves) or plain
+        if isinstance(m, self.leaves):
+            return True
+        if parametrize.is_parametrized(m) and not type(m).__bases__[0].__module__.startswith("torch.nn"):
+            return False  # torch makes a class of its own for each such module
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPENED)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gc
 import inspect
+import keyword
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -185,7 +187,7 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
     graph = graph or tracer.trace(model, concrete_args=constants or None)
     if isinstance(tracer, PathTracer) and tracer.autocast is not None:
         raise TraceError(f"forward switches torch.autocast ({tracer.autocast}), which symbolic_trace would lose")
-    module = fx.GraphModule(tracer.root, graph, type(model).__name__)
+    module = fx.GraphModule(_spellable(tracer.root, graph), graph, type(model).__name__)
     _drop_constants(module, names, constants)
     inputs = [name for name in names if name not in constants]
 
@@ -200,6 +202,18 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
     return Traced(
         module, "symbolic_trace", bind, lambda output: output, arguments=places, originals=own, remarks=remarks
     )
+
+
+def _spellable(root: nn.Module, graph: fx.Graph) -> nn.Module | dict[str, Any]:
+    """What the graph reads and calls, where a name is a keyword of Python (`heads["class"]`) by another one."""
+    named: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            parts = str(node.target).split(".")
+            value = reduce(getattr, parts, root)
+            node.target = ".".join(f"{part}__keyword" if keyword.iskeyword(part) else part for part in parts)
+            named[node.target] = value
+    return named if any("__keyword" in name for name in named) else root
 
 
 def _constants(model: nn.Module, example: Samples) -> dict[str, Any]:

@@ -801,3 +801,40 @@ def test_arguments_that_are_no_tensors_are_taken_with_their_value(kind: type[Fla
     assert torch.equal(module(x), model(**example)), "and may be left out"
     with pytest.raises(AssertionError, match="double: expected True, as in the example"):
         module(x=x, double=False)
+
+
+class Positions(nn.Module):
+    """Tables of positions and of a causal mask, cut to the length of what comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("places", torch.randn(1, 10, 4))
+        self.register_buffer("causal", torch.ones(10, 10).tril().bool())
+        self.register_buffer("order", torch.arange(10).unsqueeze(0))
+        self.embed = nn.Embedding(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.size(1)
+        h = F.relu(self.fc(x + self.places[:, :length] + self.embed(self.order[:, :length])))
+        attention = (h @ h.mT).masked_fill(~self.causal[:length, :length], -1e9).softmax(-1)
+        return self.head((attention @ h).mean(1))
+
+
+class PositionsExported(Positions):
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Positions, PositionsExported], ids=["symbolic_trace", "torch.export"])
+def test_tables_that_are_cut_to_a_length_can_be_loaded(kind: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = kind().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64)
+    network = fxpath.trace(model, x)
+    module = network.export(fxpath.NeuronMCT().scores(network, x).pathways(0.5), at=x)
+    torch.save(module, tmp_path / "module.pt")
+    loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert torch.equal(loaded(x), model(x))
+    assert [name for name, tensor in loaded.named_parameters() if tensor.requires_grad] == [
+        name for name, tensor in module.named_parameters() if tensor.requires_grad
+    ]

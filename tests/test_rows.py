@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from test_awkward import Layers, plain, rows, small
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import fxpath
 from fxpath.errors import InputError, ModelError, SiteError, TraceWarning
+from fxpath.responses import neuron
 from fxpath.surroundings import plain_attention
 
 # --- rows that are no samples ----------------------------------------------------------------------------------------
@@ -185,3 +188,59 @@ def test_arrays_are_no_tensors() -> None:
     assert network((x, np.ones(2))).shape == (3, 6)
     with pytest.raises(InputError, match=r"expected the arguments that are no tensors to be \[array"):
         network((x, np.zeros(2)))
+
+
+# --- names and parametrisations --------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Heads whose names are keywords of Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({"class": nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True)), "is": nn.ReLU6()})
+        self.last = nn.ModuleDict({"def": nn.Linear(6, 2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last["def"](self.heads["is"](self.heads["class"](x)))
+
+
+def test_names_that_are_keywords(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Heads().double().eval(), rows(3)
+    network = fxpath.trace(model, x)
+    assert [site.name for site in network.sites] == ["heads.class.1", "heads.is"]
+    assert torch.equal(network(x), model(x))
+    chosen = fxpath.trace(model, x, sites="heads.is", response=neuron("last.def", (1,)))
+    assert torch.equal(chosen.respond(x), model(x)[:, 1])
+    module = network.export(fxpath.NeuronMCT().scores(network, x).pathways(0.5), at=x)
+    torch.save(module, tmp_path / "module.pt")
+    assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(x), model(x))
+    model.last["def"].weight.data.zero_()  # the model's own tensors are read
+    assert torch.equal(network(x), model(x))
+
+
+class Own(nn.Module):
+    """A block with weights and activations of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.free = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.two(F.relu(self.one(x @ self.free))))
+
+
+def test_a_parametrised_block_is_looked_into() -> None:
+    torch.manual_seed(0)
+    block = Own()
+    parametrizations.orthogonal(block, "free")
+    parametrizations.weight_norm(block.one)
+    model, x = nn.Sequential(block, nn.Linear(4, 2)).double().eval(), rows(3)
+    network = fxpath.trace(model, x)
+    assert [site.name for site in network.sites] == ["0.relu", "0.relu_1"]
+    assert torch.equal(network(x), model(x))
+    with torch.no_grad():
+        block.parametrizations.free.original.mul_(torch.randn(4, 4))  # type: ignore[operator]
+    assert torch.equal(network(x), model(x))
