@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import InputError
 from .keys import text_form
 from .outputs import checked_path, leaves, listing, obvious_part, part_of, type_of_part, written
-from .places import Place
+from .places import Place, whole_number
 from .samples import class_numbers, type_of_target
 
 OBVIOUS = ("logits", "out")  # where transformers and torchvision's segmentation networks keep class scores
@@ -87,6 +87,11 @@ class Margin(_ClassScores):
     against: int | None = None
     output: type_of_part = None
     at: Place | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.against is not None:
+            object.__setattr__(self, "against", whole_number("margin", "the class against", self.against))
 
     @property
     def name(self) -> str:

@@ -69,7 +69,7 @@ def run_dry(make: Callable[[], Runner], inputs: Sequence[Any]) -> Runner:
 
 def _hooked(module: fx.GraphModule) -> bool:
     called = (module.get_submodule(str(node.target)) for node in module.graph.nodes if node.op == "call_module")
-    own = any(getattr(node.target, RUNS_HOOKS, False) for node in module.graph.nodes)
+    own = any(getattr(node.target, RUNS_HOOKS, None) is not None for node in module.graph.nodes)
     return own or any(altered(part) for each in called for part in each.modules())
 
 

@@ -304,7 +304,8 @@ def test_samples_taken() -> None:
     [
         ([torch.ones(2)], {}, r"a tuple or a dict of them, found list; wrap a list"),
         ("x", {}, r"found str"),
-        ((), {}, r"one common batch axis in front, found shapes \[\]"),
+        ((), {}, r"expected tensors with the batch axis in front, found nothing; put them"),
+        (({"x": 3, "y": "z"},), {}, r"expected tensors with the batch axis in front, found int, str; put them"),
         ((torch.ones(2, 1), torch.ones(3, 1)), {}, r"one common batch axis.*\[\(2, 1\), \(3, 1\)\]"),
         (torch.tensor(1.0), {}, r"one common batch axis.*\[\(\)\]"),
         ((torch.ones(2), torch.tensor(1.0)), {}, r"one common batch axis"),

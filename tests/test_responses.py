@@ -1087,3 +1087,9 @@ def test_a_hidden_neuron_of_a_network_with_fixed_branches() -> None:
     assert whole.suffix("relu").cache(x)[0].shape == (2, 4)
     with pytest.raises(BranchError, match=r"x\.sum\(\) > 0"):
         whole.suffix("relu").cache(-x)
+
+
+def test_a_margin_is_against_a_whole_class() -> None:
+    with pytest.raises(InputError, match=r"margin: expected the class against to be a whole number, found 1\.5"):
+        Margin(against=1.5)  # type: ignore[arg-type]
+    assert Margin(against=np.int64(2)) == Margin(against=2)
