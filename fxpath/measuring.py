@@ -71,8 +71,8 @@ def measured(
         axes.append(max(axis - (fold == 1), 0))  # a fold's rows are an axis of the block, in place of the batch's
         folds.append(fold)
     if not example.tensors[0].is_meta:
-        tried = {number for number, fold in enumerate(folds) if fold > 1 or permuted}
-        _require_own_rows(module, bind, example, sites, {number: folds[number] for number in tried})
+        tried = {number: fold for number, fold in enumerate(folds) if fold > 1 or permuted}
+        _require_own_rows(module, bind, example, sites, tried, both=permuted)
     return NeuronIndex.build(blocks, axes=axes, folds=folds, granularity=granularity)
 
 
@@ -112,8 +112,10 @@ def _require_own_rows(
     example: Samples,
     sites: Sequence[Activation],
     folds: Mapping[int, int],
+    *,
+    both: bool,
 ) -> None:
-    """The rows of each of two samples must be those that it has alone, in its own place.
+    """The rows of the first of two samples must be those that it has alone; with `both`, in either order of the two.
 
     Folded sites must hold them as a block, not every other row; in others rows must not be nearer to the other sample's
     (where samples see each other, they are not the same either, but still the sample's own). `folds` are those of the
@@ -125,22 +127,21 @@ def _require_own_rows(
     last = set(gates) - ancestors(gates)  # what leads to these runs, and little is kept
     until = prefix(module, {str(node.args[2]): node for node in gates if node in last})
 
-    def run(batch: Samples, watch: Callable[[int, Tensor], None]) -> bool:
+    def run(batch: Samples, see: Callable[[int, Tensor], None]) -> bool:
+        watch = lambda number, value: see(number, value) if number in folds else None  # noqa: E731
         return bool(unless_it_fails(lambda: until(*bind(batch), Gates(NeuronIndex([]), watch=watch))))
 
     def compare(number: int, value: Tensor) -> None:
-        if number in folds:
-            own, other = alone[first].get(number), alone[1 - first].get(number)
-            if own is not None and other is not None:
-                wrong[number] = not _is_own(value[: len(own)], own, other, folded=folds[number] > 1)
+        own, other = alone[first][number], alone[1 - first].get(number)
+        wrong[number] = not _is_own(value[: len(own)], own, None if folds[number] > 1 else other)
 
     pair = _two_samples(example)
     alone: list[dict[int, Tensor]] = [{}, {}]
     wrong: dict[int, bool] = {}
     with torch.inference_mode(False), torch.no_grad():
-        if not all(run(each, kept.__setitem__) for each, kept in zip(pair, alone, strict=True)):
+        if not all(run(pair[each], alone[each].__setitem__) for each in range(1 + both)):
             return
-        for first in (0, 1):
+        for first in range(1 + both):
             run(_together(pair[first], pair[1 - first]), compare)
             for number in sorted(wrong):
                 if wrong[number]:
@@ -151,11 +152,11 @@ def _require_own_rows(
                     )
 
 
-def _is_own(found: Tensor, own: Tensor, other: Tensor, *, folded: bool) -> bool:
+def _is_own(found: Tensor, own: Tensor, other: Tensor | None) -> bool:
     gap, size = float((found - own).norm()), float(own.norm())
     if not math.isfinite(gap) or gap <= 0.01 * size:
         return True
-    return not folded and gap <= 2 * float((found - other).norm())
+    return other is not None and gap <= 2 * float((found - other).norm())
 
 
 def _two_samples(example: Samples) -> tuple[Samples, Samples]:
