@@ -35,15 +35,18 @@ class Padding:
         tokens = _mark(samples, self.given) != 0
         bare = torch.nonzero(~tokens.any(dim=1)).flatten().tolist()
         if bare:
-            names = ", ".join(repr(samples.names[row]) for row in bare[:5]) + (" …" if len(bare) > 5 else "")
             raise SampleError(
-                f"padding: sample {names} has no real token: expected {self.given!r} to be other than 0 at one at "
-                "least, found 0 everywhere; look at how it is made, or leave the sample out",
+                f"padding: sample {_named(samples, bare)} has no real token: expected {self.given!r} to be other "
+                "than 0 at one at least, found 0 everywhere; look at how it is made, or leave the sample out",
                 bare,
                 [f"it has no real token: {self.given!r} is 0 everywhere"] * len(bare),
             )
         _require_real_place(network, tokens, samples)
         return RealNeurons(tokens, self.axes, network.index)
+
+
+def _named(samples: Samples, rows: Sequence[int]) -> str:
+    return ", ".join(repr(samples.names[row]) for row in rows[:5]) + (" …" if len(rows) > 5 else "")
 
 
 def _require_real_place(network: Network, tokens: Tensor, samples: Samples) -> None:
@@ -53,10 +56,10 @@ def _require_real_place(network: Network, tokens: Tensor, samples: Samples) -> N
         return
     bare = torch.nonzero(~tokens[:, place.position]).flatten().tolist()
     if bare:
-        names = ", ".join(repr(samples.names[row]) for row in bare[:5]) + (" …" if len(bare) > 5 else "")
         raise SampleError(
-            f"padding: the response {network.response.name!r} reads a padding token of sample {names}; read one that "
-            "is real in all, pad in front, or give samples of one length at a time",
+            f"padding: the response {network.response.name!r} reads a padding token of sample "
+            f"{_named(samples, bare)}; read one that is real in all, pad in front, or give samples of "
+            "one length at a time",
             bare,
             [f"the response {network.response.name!r} reads a padding token"] * len(bare),
         )
