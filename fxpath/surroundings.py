@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from operator import is_
 from typing import Any
 
 import torch
@@ -81,9 +82,8 @@ def _unchanged(container: Any, content: Any) -> bool:
     """Whether a container still holds the same things in the same order."""
     if isinstance(container, set) or len(container) != len(content):
         return bool(container == content)
-    pairs = zip(container, content, strict=True)
-    values = zip(container.values(), content.values(), strict=True) if isinstance(container, dict) else ()
-    return all(one is other for one, other in (*pairs, *values))
+    same = all(map(is_, container, content))
+    return same and (not isinstance(container, dict) or all(map(is_, container.values(), content.values())))
 
 
 class _PlainAttention:

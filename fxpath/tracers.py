@@ -226,6 +226,7 @@ def stop_gradients(module: fx.GraphModule) -> list[str]:
     graph = module.graph
     moving: set[fx.Node] = set()
     lines: dict[str, None] = {}
+    changed = False
     for node in list(graph.nodes):
         if node.op == "placeholder" or (not moving.isdisjoint(node.all_input_nodes) and not asks_of_shapes(node)):
             moving.add(node)
@@ -239,8 +240,10 @@ def stop_gradients(module: fx.GraphModule) -> list[str]:
             if node in moving:
                 lines[node.meta[_STOPPED]] = None
                 moving.add(detached)
-    graph.lint()
-    module.recompile()
+            changed = True
+    if changed:
+        graph.lint()
+        module.recompile()
     return [
         f"the gradient stops in a block without gradients ({line}), as in the module: what lies before gets none. Take "
         "torch.no_grad() or inference_mode() out of forward if it should"

@@ -250,8 +250,9 @@ def _drop_constants(module: fx.GraphModule, names: Sequence[str], constants: dic
         if node.users:
             raise TraceError(f"the argument {name!r} could not be fixed to {constants[name]!r}")
         graph.erase_node(node)
-    graph.lint()
-    module.recompile()
+    if constants:
+        graph.lint()
+        module.recompile()
 
 
 # --- torch.export ---------------------------------------------------------------------------------------------------
