@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,7 +58,7 @@ def run_dry(make: Callable[[], Runner], inputs: Sequence[Any]) -> Runner:
     there is no data, one runs on copies of the real inputs and buffers; what that raises is raised.
     """
     interpreter = make()
-    if not _hooked(cast(fx.GraphModule, interpreter.module)):
+    if not _hooked(interpreter):
         try:
             interpreter.dry = True
             return _run(interpreter, inputs, _without_data, _without_data)
@@ -67,9 +67,10 @@ def run_dry(make: Callable[[], Runner], inputs: Sequence[Any]) -> Runner:
     return _run(interpreter, inputs, lambda parameter: parameter, torch.clone)
 
 
-def _hooked(module: fx.GraphModule) -> bool:
-    called = (module.get_submodule(str(node.target)) for node in module.graph.nodes if node.op == "call_module")
-    own = any(getattr(node.target, RUNS_HOOKS, None) is not None for node in module.graph.nodes)
+def _hooked(interpreter: fx.Interpreter) -> bool:
+    nodes = interpreter.graph.nodes
+    called = (interpreter.module.get_submodule(str(node.target)) for node in nodes if node.op == "call_module")
+    own = any(getattr(node.target, RUNS_HOOKS, None) is not None for node in nodes)
     return own or any(altered(part) for each in called for part in each.modules())
 
 

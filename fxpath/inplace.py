@@ -93,11 +93,11 @@ def _functional_overload(target: torch._ops.OpOverload) -> torch._ops.OpOverload
     return overload  # type: ignore[no-any-return]
 
 
-def _make_functional(node: fx.Node, module: fx.GraphModule, before: fx.GraphModule) -> bool:
-    """Give one node its out-of-place form; says whether it was in place in the graph `before`."""
+def _make_functional(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Give one node its out-of-place form; says whether it was in place."""
     target = node.target
     if node.op == "call_module":
-        called = before.get_submodule(str(target))
+        called = module.get_submodule(str(target))
         if getattr(called, "inplace", False) is not True:
             return False
         twin = copy.copy(called)  # shares everything with the caller's module but this one flag
@@ -168,8 +168,8 @@ class MutationAudit(DryInterpreter):
     A node's `meta["fxpath_numbers"]` says whether it gives floating-point numbers, which alone can be activations.
     """
 
-    def __init__(self, module: fx.GraphModule, *, keep: bool = False) -> None:
-        super().__init__(module, garbage_collect_values=not keep)
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph | None = None, *, keep: bool = False) -> None:
+        super().__init__(module, garbage_collect_values=not keep, graph=graph)
         self.changed: list[fx.Node] = []
         self.values: dict[fx.Node, Any] = {}
         self.keep = keep
@@ -194,13 +194,12 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, 
     shared memory makes a node-by-node rewriting wrong.
     """
     twins: dict[fx.Node, fx.Node] = {}
-    plain = fx.Graph()
-    plain.output(plain.graph_copy(module.graph, twins))
-    before = fx.GraphModule(module, plain)  # the graph as traced, for looking at its memory
+    before = fx.Graph()  # the graph as traced, for looking at its memory
+    before.output(before.graph_copy(module.graph, twins))
     order = list(module.graph.nodes)
     targets = [node.target for node in order]
-    changed = [node for node in order if _make_functional(node, module, before)]
-    recorder = run_dry(lambda: MutationAudit(before, keep=bool(changed)), leaves)
+    changed = [node for node in order if _make_functional(node, module)]
+    recorder = run_dry(lambda: MutationAudit(module, before, keep=bool(changed)), leaves)
     known = {twins[node] for node in changed if node in twins}
     left = [node.name for node in recorder.changed if node not in known]
     if left:
@@ -235,4 +234,4 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, 
     module.graph.lint()
     module.recompile()
     called = [(node.target, target) for node, target in zip(order, targets, strict=True) if node.op == "call_module"]
-    return {str(new): before.get_submodule(str(old)) for new, old in called if new != old}
+    return {str(new): module.get_submodule(str(old)) for new, old in called if new != old}

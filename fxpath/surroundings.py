@@ -43,7 +43,8 @@ def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
     """
     modules = list(modules)
     attributes = [(module, dict(vars(module))) for module in modules]
-    containers = [(each, each.copy()) for each in _containers(named for _, named in attributes)]
+    containers = _containers(named for _, named in attributes)
+    contents = [each.copy() if each else () for each in containers]  # nearly all are empty
 
     def restore() -> None:
         for module, named in attributes:
@@ -51,7 +52,7 @@ def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
             for name in now.keys() - named.keys():
                 del now[name]
             now.update(named)
-        for container, content in containers:
+        for container, content in zip(containers, contents, strict=True):
             if not _unchanged(container, content):
                 container.clear()
                 container.extend(content) if isinstance(container, list | deque) else container.update(content)
@@ -80,7 +81,9 @@ def _containers(attributes: Iterable[dict[str, Any]]) -> list[Any]:
 
 def _unchanged(container: Any, content: Any) -> bool:
     """Whether a container still holds the same things in the same order."""
-    if isinstance(container, set) or len(container) != len(content):
+    if not content or len(container) != len(content):
+        return len(container) == len(content)
+    if isinstance(container, set):
         return bool(container == content)
     same = all(map(is_, container, content))
     return same and (not isinstance(container, dict) or all(map(is_, container.values(), content.values())))
