@@ -54,8 +54,9 @@ def measured(
     with `permuted`, where all sites are tried, an order by length), and `ModelError` where the graph cannot run on one
     or two samples.
     """
-    singly, everywhere = _shapes(module, bind, example.take([0]), sites)
-    doubly, _ = _shapes(module, bind, example.take([0, min(1, example.batch - 1)]), sites)
+    inputs = Samples(example.inputs)
+    singly, everywhere = _shapes(module, bind, inputs.map(lambda leaf: leaf[:1]), sites)  # views: nothing is copied
+    doubly, _ = _shapes(module, bind, inputs.map(lambda leaf: leaf[:2] if len(leaf) > 1 else _twice(leaf)), sites)
     blocks, axes, folds = [], [], []
     for number, site in enumerate(sites):
         one, two = singly.get(number), doubly.get(number)
@@ -169,6 +170,10 @@ def _two_samples(example: Samples) -> tuple[Samples, Samples]:
         pair = _together(one, two).map(random_like)
         one, two = pair.take([0]), pair.take([1])
     return one, two
+
+
+def _twice(leaf: Tensor) -> Tensor:
+    return leaf.expand(2, *leaf.shape[1:])
 
 
 def _alike(one: Samples, two: Samples) -> bool:

@@ -166,10 +166,9 @@ class Samples:
         """These samples; raises `SampleError` naming every sample with a NaN or infinite input."""
         bad: set[int] = set()
         for leaf in self.tensors:
-            if (leaf.is_floating_point() or leaf.is_complex()) and not leaf.is_meta:
+            if (leaf.is_floating_point() or leaf.is_complex()) and not leaf.is_meta and not _all_finite(leaf):
                 finite = torch.isfinite(leaf).flatten(1).all(1) if leaf.ndim > 1 else torch.isfinite(leaf)
-                if not bool(finite.all()):
-                    bad.update(torch.nonzero(~finite).flatten().tolist())
+                bad.update(torch.nonzero(~finite).flatten().tolist())
         if bad:
             rows = sorted(bad)
             names = ", ".join(repr(self.names[row]) for row in rows[:5])
@@ -180,3 +179,10 @@ class Samples:
                 ["the input holds NaN or infinite values"] * len(rows),
             )
         return self
+
+
+def _all_finite(leaf: Tensor) -> bool:
+    """Whether all numbers are finite; the least and the greatest are where all are, and need no memory."""
+    if leaf.is_complex() or leaf.dtype.itemsize == 1 or not leaf.numel():
+        return bool(torch.isfinite(leaf).all())
+    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(leaf))

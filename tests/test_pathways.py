@@ -341,3 +341,13 @@ def test_samples_that_are_not_finite_are_named() -> None:
     assert good.require_finite() is good
     with pytest.raises(SampleError, match="sample 0 holds"):
         Samples(torch.tensor([float("nan"), 1.0])).require_finite()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.complex64])
+def test_one_number_that_is_not_finite_is_found(bad: float, dtype: torch.dtype) -> None:
+    x = torch.ones(3, 4)
+    assert Samples(x.to(dtype)).require_finite().batch == 3
+    x[2, 1] = bad
+    with pytest.raises(SampleError, match="sample 2 holds"):
+        Samples(x.to(dtype)).require_finite()

@@ -90,7 +90,10 @@ print(json.dumps({"own": own, "added": max(0, most - before)}))
 """
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vgg16", "efficientnet_v2_l", "densenet201", "regnet_y_32gf", "vit_l_16"])
+LARGE = ("resnet50", "vgg16", "efficientnet_v2_l", "densenet201", "regnet_y_32gf", "vit_l_16", "s3d", "mvit_v1_b")
+
+
+@pytest.mark.parametrize("name", LARGE)
 def test_memory(name: str, benchmark: Any) -> None:
     """The model's memory and what tracing adds at its peak, over the model's, in a process of its own."""
 
