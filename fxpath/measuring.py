@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ from .errors import ModelError, SiteError
 from .gates import Gates
 from .naming import NAME
 from .neurons import Granularity, NeuronIndex
-from .rewriting import ancestors, gate, prefix
+from .rows import require_own_rows
 from .samples import Samples
-from .trials import random_like, unless_it_fails
 
 
 class _Place(DryInterpreter):
@@ -73,7 +71,7 @@ def measured(
         folds.append(fold)
     if not example.tensors[0].is_meta:
         tried = {number: fold for number, fold in enumerate(folds) if fold > 1 or permuted}
-        _require_own_rows(module, bind, example, sites, tried, both=permuted)
+        require_own_rows(module, bind, example, sites, tried, thorough=permuted)
     return NeuronIndex.build(blocks, axes=axes, folds=folds, granularity=granularity)
 
 
@@ -107,82 +105,8 @@ def _shapes(
     return seen, places[-1].shapes
 
 
-def _require_own_rows(
-    module: fx.GraphModule,
-    bind: Callable[[Samples], list[Any]],
-    example: Samples,
-    sites: Sequence[Activation],
-    folds: Mapping[int, int],
-    *,
-    both: bool,
-) -> None:
-    """The rows of the first of two samples must be those that it has alone; with `both`, in either order of the two.
-
-    Folded sites must hold them as a block, not every other row; in others rows must not be nearer to the other sample's
-    (where samples see each other, they are not the same either, but still the sample's own). `folds` are those of the
-    sites that are tried.
-    """
-    if not folds:
-        return
-    gates = [node for node in module.graph.nodes if node.target is gate and node.args[2] in folds]
-    last = set(gates) - ancestors(gates)  # what leads to these runs, and little is kept
-    until = prefix(module, {str(node.args[2]): node for node in gates if node in last})
-
-    def run(batch: Samples, see: Callable[[int, Tensor], None]) -> bool:
-        watch = lambda number, value: see(number, value) if number in folds else None  # noqa: E731
-        return bool(unless_it_fails(lambda: until(*bind(batch), Gates(NeuronIndex([]), watch=watch))))
-
-    def compare(number: int, value: Tensor) -> None:
-        own, other = alone[first][number], alone[1 - first].get(number)
-        wrong[number] = not _is_own(value[: len(own)], own, None if folds[number] > 1 else other)
-
-    pair = _two_samples(example)
-    alone: list[dict[int, Tensor]] = [{}, {}]
-    wrong: dict[int, bool] = {}
-    with torch.inference_mode(False), torch.no_grad():
-        if not all(run(pair[each], alone[each].__setitem__) for each in range(1 + both)):
-            return
-        for first in range(1 + both):
-            run(_together(pair[first], pair[1 - first]), compare)
-            for number in sorted(wrong):
-                if wrong[number]:
-                    raise SiteError(
-                        f"site {sites[number].name}: expected the rows of a sample one after the other and in the "
-                        "order of the samples, found those of several samples in turn, or in another order; leave it "
-                        "out with sites=…, or put the batch axis first and keep its order"
-                    )
-
-
-def _is_own(found: Tensor, own: Tensor, other: Tensor | None) -> bool:
-    gap, size = float((found - own).norm()), float(own.norm())
-    if not math.isfinite(gap) or gap <= 0.01 * size:
-        return True
-    return other is not None and gap <= 2 * float((found - other).norm())
-
-
-def _two_samples(example: Samples) -> tuple[Samples, Samples]:
-    """Two samples that differ: the example's, or one and it in reverse, or random numbers where all are the same."""
-    plain = example.map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach())
-    one, two = plain.take([0]), plain.take([min(1, example.batch - 1)])
-    if _alike(one, two):
-        two = one.map(lambda leaf: leaf.flip(tuple(range(leaf.ndim))))
-    if _alike(one, two):
-        pair = _together(one, two).map(random_like)
-        one, two = pair.take([0]), pair.take([1])
-    return one, two
-
-
 def _twice(leaf: Tensor) -> Tensor:
     return leaf.expand(2, *leaf.shape[1:])
-
-
-def _alike(one: Samples, two: Samples) -> bool:
-    return all(map(torch.equal, one.tensors, two.tensors))
-
-
-def _together(one: Samples, two: Samples) -> Samples:
-    others = iter(two.tensors)
-    return Samples(one.inputs).map(lambda leaf: torch.cat([leaf, next(others)]))
 
 
 def _kind(value: Any) -> str:

@@ -12,11 +12,11 @@ from torch import Tensor
 _SHORT = re.compile("allocate memory|enough memory|out of memory")
 
 
-def random_like(tensor: Tensor) -> Tensor:
-    """Normal numbers, always the same ones, in place of a tensor's; whole numbers stay."""
+def random_like(tensor: Tensor, seed: int = 0) -> Tensor:
+    """Normal numbers, always the same ones of a seed, in place of a tensor's; whole numbers stay."""
     if not tensor.is_floating_point():
         return tensor
-    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed)).to(tensor)
 
 
 def unless_it_fails(work: Callable[[], Any]) -> Any:

@@ -70,6 +70,54 @@ def test_rows_in_another_order_than_the_samples_are_no_site(name: str, batch: in
     assert torch.equal(network(x), model(x))
 
 
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {  # orders that two samples, or those of the example, need not show
+    "by expert": lambda x: (x[:, :1] * 0.1 > 5).long().flatten().argsort(stable=True),
+    "by length, longest first": lambda x: torch.sort((x[:, 0] * 0).long(), dim=0, descending=True, stable=True)[1],
+    "rolled by two": lambda x: torch.arange(x.shape[0]).roll(2),
+    "even ones first": lambda x: torch.cat([torch.arange(x.shape[0])[0::2], torch.arange(x.shape[0])[1::2]]),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_an_order_that_the_example_does_not_show(name: str, batch: int) -> None:
+    def body(self: Layers, x: Tensor) -> Tensor:
+        order = HIDDEN[name](x)
+        return self.h(F.relu(self.g(F.relu(self.f(x))[order])))[order.argsort()]
+
+    model, x = small(body)
+    x = torch.cat([x, x + 0.5])[:batch]
+    with pytest.raises(SiteError, match=r"site relu_1: expected the rows of a sample .* in the order of the samples"):
+        fxpath.trace(model, x)
+    assert len(fxpath.trace(model, x, sites=["relu"]).sites) == 1
+
+
+def test_rows_that_masks_put_together() -> None:
+    def body(self: Layers, x: Tensor) -> Tensor:
+        first = x[:, 0] > 0
+        rows, places = torch.cat([x[first], x[~first]]), torch.arange(x.shape[0])
+        back = torch.cat([places[first], places[~first]]).argsort()
+        return self.h(F.relu(self.g(F.relu(self.f(rows)))))[back]
+
+    model, x = small(body)
+    x[:, 0] = x[:, 0].abs() + 0.1  # all are of one kind
+    with pytest.raises(SiteError, match=r"site relu: expected the rows of a sample"):
+        fxpath.trace(model, x)
+
+
+def test_orders_that_are_undone_before_a_site() -> None:
+    def body(self: Layers, x: Tensor) -> Tensor:
+        for _ in range(2):  # the second order reads the first
+            order = x.sum(1).argsort()
+            x = F.relu(self.f(x[order])[order.argsort()])
+        return self.h(F.relu(self.g(x)))
+
+    model, x = small(body)
+    network = fxpath.trace(model, x)
+    assert len(network.sites) == 3
+    assert torch.equal(network(x), model(x))
+
+
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_a_constant_example_hides_no_rows_in_turn(fill: float) -> None:
     def body(self: Layers, x: Tensor) -> Tensor:
