@@ -41,9 +41,9 @@ def channel_axis(site: fx.Node, shapes: Mapping[fx.Node, Shape]) -> int:
 
     `shapes` are those of all nodes that give floating-point tensors. Looks back for the operation that made the
     channels (a convolution or norm puts them on axis 1, a linear layer or embedding on the last, a product where its
-    weights have them), then follows them through permutations, reshapes, broadcasts and products of data, which keep
-    the axes that are not summed over. Channels that were merged with other axes are on the merged one, those that were
-    split on the first of the parts that are left. Where nothing made any, they are on axis 1.
+    weights have them, unless these mix places), then follows them through permutations, reshapes, broadcasts and
+    products of data, which keep the axes that are not summed over. Channels that were merged with other axes are on the
+    merged one, those that were split on the first of the parts that are left. Where none made any, they are on axis 1.
     """
     found: dict[fx.Node, Axes] = {}
     sources: dict[fx.Node, list[fx.Node]] = {}
@@ -90,7 +90,7 @@ def _followed(
         places: list[int] = []
         for source in sorted(sources, key=lambda each: _weighs(each, shapes)):  # the values before their weights
             places += product.kept(source, found[source])
-        return tuple(dict.fromkeys(places))
+        return tuple(dict.fromkeys(places)) or product.brought()
     if not sources:
         return ()
     before, after = shapes[sources[0]], shapes[node]
@@ -126,7 +126,7 @@ def _made(node: fx.Node, shapes: Mapping[fx.Node, Shape]) -> Axes | None:
     if isinstance(module, _CHANNELS_LAST) or name in _LAST_NAMES:
         return (len(shape) - 1,)
     product = _product(node, shapes)
-    return (product.brought() or None) if product is not None else None
+    return (product.brought() or None) if product is not None and not product.mixes(shapes) else None
 
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -146,6 +146,20 @@ class _Product:
         moving = "".join(term for term, weight in zip(self.terms, weights, strict=True) if not weight)
         own = "".join(term for term, weight in zip(self.terms, weights, strict=True) if weight)
         return tuple(place for place, letter in enumerate(self.given) if letter in own and letter not in moving)
+
+    def mixes(self, shapes: Mapping[fx.Node, Shape]) -> bool:
+        """Whether the parameters may mix places, as a graph's adjacency does: as many go in as come out.
+
+        They make channels nonetheless where the data has them on the axes that go in.
+        """
+        weights = [number for number, operand in enumerate(self.operands) if _is_weight(operand)]
+        if len(weights) != 1 or len(self.operands) != 2:
+            return False
+        own, data = self.terms[weights[0]], self.terms[1 - weights[0]]
+        sizes = dict(zip(own, shapes[self.operands[weights[0]]], strict=True))
+        made = [sizes[letter] for letter in own if letter not in data]
+        over = [sizes[letter] for letter in own if letter not in self.given]
+        return len(made) + len(over) == len(own) and set(made) <= set(over)
 
     def kept(self, operand: fx.Node, axes: Axes) -> Axes:
         """Where axes of an operand are afterwards: those that are summed over are gone."""

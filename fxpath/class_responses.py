@@ -153,6 +153,16 @@ def _at(response: ClassResponse, output: Any, mean: Callable[[Tensor], Tensor] =
     return points.squeeze(2) if points.shape[2] == 1 else mean(points)
 
 
+def read_part(response: object, output: Any) -> Tensor | None:
+    """The tensor of the output that a response reads; None where it may read any, or finds none."""
+    if not isinstance(response, Logit | Probability | Margin):
+        return None
+    try:
+        return _part(response, output)
+    except InputError:
+        return None
+
+
 def _part(response: ClassResponse, output: Any) -> Tensor:
     """The floating-point tensor of the output that has the class scores."""
     if response.output is None:

@@ -130,7 +130,7 @@ class _Writer:
         for name, value in self.traced.constants.items():
             if name not in given and isinstance(value, _CONSTANTS):
                 own = self.graph.placeholder(name, default_value=value)
-                same = self.graph.call_function(operator.is_ if value is None else operator.eq, (own, value))
+                same = self.graph.call_function(operator.eq, (own, value))  # loading a saved module runs it on proxies
                 said = f"{name}: expected {value!r}, as in the example; it is part of the graph"
                 self.graph.call_function(torch._assert, (same, said))
         for name, argument in given.items():
@@ -261,19 +261,22 @@ class _Writer:
         return (answer[0].transpose(-3, -2).node, answer[1].node)
 
     def _plain(self, value: Any) -> Any:
-        """An output in the model's own structure, dataclasses as dicts of the fields that they have."""
+        """An output in the model's own structure, dataclasses as dicts of the fields that they have.
+
+        Named tuples are plain ones, so that their class need not be there later.
+        """
         if isinstance(value, fx.Proxy):
             return value.node
         if isinstance(value, fx.Node):
-            return self._fields(value.kwargs) if _is_answer(value) else self._value(value)
+            if _is_answer(value) and value.kwargs:
+                return self._fields(value.kwargs)
+            return tuple(map(self._plain, value.args)) if _is_answer(value) else self._value(value)
         if is_dataclass(value) and not isinstance(value, type):
             return self._fields({part.name: getattr(value, part.name) for part in fields(value)})
         if isinstance(value, Mapping):
             return {key: self._plain(part) for key, part in value.items()}
         if isinstance(value, tuple | list):
             parts = [self._plain(part) for part in value]
-            if isinstance(value, tuple) and hasattr(value, "_fields"):
-                return type(value)(*parts)
             return tuple(parts) if isinstance(value, tuple) else parts
         if isinstance(value, _CONSTANTS):
             return value
@@ -306,8 +309,11 @@ def _cut_by_numbers(graph: fx.Graph) -> set[str]:
 
 
 def _is_answer(node: fx.Node) -> bool:
-    """Whether a node only puts the model's output into a dataclass, whose package need not be there later."""
-    makes = node.op == "call_function" and isinstance(node.target, type) and is_dataclass(node.target)
+    """Whether a node only puts the output into a dataclass or named tuple, whose class need not be there later."""
+    target = node.target
+    makes = isinstance(target, type) and (
+        is_dataclass(target) or (issubclass(target, tuple) and hasattr(target, "_fields"))
+    )
     return makes and all(user.op == "output" for user in node.users)
 
 

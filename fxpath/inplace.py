@@ -214,6 +214,7 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, 
     seen = {node: recorder.values.get(twins[node]) if node in twins else None for node in order}
     storages = {node: {t.untyped_storage()._cdata for t in _tensors(seen[node])} for node in order}
     rank = {node: number for number, node in enumerate(order)}
+    unread: list[fx.Node] = []
     for node in changed:
         operand = _operand(node)
         written = seen[operand] if operand is not None else None
@@ -223,6 +224,9 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, 
             if not storages[other] & storages[operand]:
                 continue
             later = [user for user in other.users if rank[user] > rank[node]]
+            if other.op == "get_attr" and other is operand and not node.users and list(other.users) == [node]:
+                unread += [node, other]
+                continue
             if other.op == "get_attr":
                 raise MutationError(f"{node.format_node()} changes a parameter or buffer of the model")
             if not later:
@@ -231,6 +235,8 @@ def remove_in_place(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, 
                 raise AliasError(f"{node.format_node()} writes to memory that {other.name} reads through another view")
             for user in later:
                 user.replace_input_with(other, node)
+    for node in unread:  # a counter: what the model writes of itself and never reads changes no output
+        module.graph.erase_node(node)
     module.graph.lint()
     module.recompile()
     called = [(node.target, target) for node, target in zip(order, targets, strict=True) if node.op == "call_module"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .activations import Activation
 from .channels import channel_axis
@@ -27,6 +29,8 @@ class _Place(DryInterpreter):
         self.extra_traceback = False  # it would be written into messages of one line
         self.at = ""
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.nodes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # those that gave the tensors that there are
+        self.given: Any = None
 
     def run_node(self, n: fx.Node) -> Any:
         self.at = str(n.meta.get(NAME, n.name))
@@ -34,7 +38,20 @@ class _Place(DryInterpreter):
         first = value[0] if isinstance(value, tuple | list) and value else value  # an LSTM's, attention's
         if isinstance(first, Tensor) and (first.is_floating_point() or first.is_complex()):
             self.shapes[n] = tuple(first.shape)
+        if isinstance(value, Tensor):
+            self.nodes[value] = n
+        elif n.op == "output":
+            self.given = value
         return value
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The index of a graph's neurons; its output on two samples, whose numbers say nothing, and what gave it."""
+
+    index: NeuronIndex
+    output: Any
+    nodes: Mapping[Tensor, fx.Node]
 
 
 def measured(
@@ -45,7 +62,7 @@ def measured(
     granularity: Granularity,
     *,
     permuted: bool = False,
-) -> NeuronIndex:
+) -> Measured:
     """The index of a gated graph's neurons; a fold of other axes into the batch is found by the way.
 
     Raises `SiteError` for a site whose first axis is not the batch or holds rows of other samples (a fold in turn;
@@ -53,8 +70,8 @@ def measured(
     or two samples.
     """
     inputs = Samples(example.inputs)
-    singly, everywhere = _shapes(module, bind, inputs.map(lambda leaf: leaf[:1]), sites)  # views: nothing is copied
-    doubly, _ = _shapes(module, bind, inputs.map(lambda leaf: leaf[:2] if len(leaf) > 1 else _twice(leaf)), sites)
+    singly, run = _shapes(module, bind, inputs.map(lambda leaf: leaf[:1]), sites)  # views: nothing is copied
+    doubly, last = _shapes(module, bind, inputs.map(lambda leaf: leaf[:2] if len(leaf) > 1 else _twice(leaf)), sites)
     blocks, axes, folds = [], [], []
     for number, site in enumerate(sites):
         one, two = singly.get(number), doubly.get(number)
@@ -65,20 +82,21 @@ def measured(
             )
         fold = one[0]
         shape = one[1:] if fold == 1 else one
-        axis = channel_axis(site.node, everywhere)
+        axis = channel_axis(site.node, run.shapes)
         blocks.append((site.name, site.op, shape))
         axes.append(max(axis - (fold == 1), 0))  # a fold's rows are an axis of the block, in place of the batch's
         folds.append(fold)
     if not example.tensors[0].is_meta:
         tried = {number: fold for number, fold in enumerate(folds) if fold > 1 or permuted}
         require_own_rows(module, bind, example, sites, tried, thorough=permuted)
-    return NeuronIndex.build(blocks, axes=axes, folds=folds, granularity=granularity)
+    index = NeuronIndex.build(blocks, axes=axes, folds=folds, granularity=granularity)
+    return Measured(index, last.given, cast("Mapping[Tensor, fx.Node]", last.nodes))
 
 
 def _shapes(
     module: fx.GraphModule, bind: Callable[[Samples], list[Any]], batch: Samples, sites: Sequence[Activation]
-) -> tuple[dict[int, tuple[int, ...]], dict[fx.Node, tuple[int, ...]]]:
-    """The shapes on a batch: of every site's activation, by its number, and of every node."""
+) -> tuple[dict[int, tuple[int, ...]], _Place]:
+    """The shapes on a batch of every site's activation, by its number, and the run."""
     seen: dict[int, tuple[int, ...]] = {}
     places: list[_Place] = []
 
@@ -102,7 +120,7 @@ def _shapes(
             f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}. Neurons are counted for one "
             "sample, so any batch size must do: take it from the input (x.shape[0]) where it is written as a number"
         ) from error
-    return seen, places[-1].shapes
+    return seen, places[-1]
 
 
 def _twice(leaf: Tensor) -> Tensor:

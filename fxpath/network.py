@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +15,8 @@ from torch import Tensor, fx, nn
 from .activations import SiteSpec, choose_sites
 from .answers import Original, Outcome, Pass
 from .branches import Branch, keeping_branches
+from .class_responses import read_part
+from .digests import fingerprint
 from .errors import InputError, ModelError, RestrictionError, SiteError, SmoothSitesWarning
 from .exporting import exported
 from .gates import Gates, Restriction, flat, grouped, unfilled
@@ -125,10 +125,10 @@ class Network:
         self._narrowed: dict[int, tuple[fx.GraphModule, fx.Node] | None] = {}
         self._formats: dict[tuple[Any, ...], bool] = {}
         with keeping_branches(), undisturbed(self._called, example):  # one sample alone may take another branch
-            self.index = measured(
-                self._module, traced.bind, example, chosen, granularity, permuted=bool(traced.checked)
-            )
-        self.edges = tuple(site_edges(self._module))
+            found = measured(self._module, traced.bind, example, chosen, granularity, permuted=bool(traced.checked))
+        self.index = found.index
+        read = read_part(response, traced.unbind(found.output))
+        self.edges = tuple(site_edges(self._module, None if read is None else found.nodes.get(read)))
         parents = {target for source, target in self.edges if source >= 0}
         self._entries = frozenset(range(len(self.index))) - parents
         self.padding: Padding | None = None
@@ -160,12 +160,7 @@ class Network:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the sites' names, operations and shapes, and the bytes of all weights."""
-        digest = hashlib.sha256(json.dumps(self.index.to_json(), sort_keys=True).encode())
-        for name, tensor in sorted(self.tensors.items()):
-            plain = tensor.detach().cpu().contiguous()
-            digest.update(f"{name}{tuple(plain.shape)}{plain.dtype}".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.index, self.tensors)
 
     def __repr__(self) -> str:
         return f"Network({len(self.sites)} sites, {self.index.size} neurons, response={self.response.name!r})"
@@ -349,7 +344,8 @@ class Network:
 
         With `at` it is frozen at x, Φ̂(·; e), else masked, Φ(·; e ⊙ a); it gives what the network gives inside of
         `frozen` or `masked`, bit for bit. It takes the model's own arguments and holds copies of all tensors, on their
-        device. One pathway goes with any batch, B pathways with a batch of B. `torch.save(module, file)` keeps it, and
+        device; dataclasses in its output are dicts, named tuples plain ones.
+        One pathway goes with any batch, B pathways with a batch of B. `torch.save(module, file)` keeps it, and
         `torch.load(file, weights_only=False)` needs torch alone, but for modules that were passed over with `leaves=…`
         and autograd functions: these are in it as they are. What pickle does not take, such as parametrized layers
         (`weight_norm`, …) and classes made within a function, goes into a file, without gradients of its own, by

@@ -24,6 +24,8 @@ _HINTS = (  # what an attempt's error says, and what helps
     (r"(int|float)\(\) argument must be|cannot be interpreted as an integer",
      "sizes are numbers already: take x.shape[0] as it is, without int(), range() or a loop over the samples"),
     (r"cannot be iterated", "loop over x.unbind(axis) of an axis that is not the batch"),
+    (r"changes a parameter or buffer",
+     "write to a buffer only where self.training says so: what a forward reads of the one before is not its input"),
     (r"(output|fails) at batch size|batch size alone|batch sizes", "let nothing depend on the batch size"),
 )  # fmt: skip
 

@@ -46,10 +46,11 @@ def insert_gates(module: fx.GraphModule, sites: Sequence[Activation]) -> list[fx
     return inserted
 
 
-def site_edges(module: fx.GraphModule) -> list[tuple[int, int]]:
+def site_edges(module: fx.GraphModule, read: fx.Node | None = None) -> list[tuple[int, int]]:
     """Edges of the site graph: data flows from site s to site t through no other site.
 
-    −1 is the input and the number of sites the response. Needs the graph after `insert_gates`.
+    −1 is the input and the number of sites the response, which reads the node `read`, or all of the output. Needs the
+    graph after `insert_gates`.
     """
     sources: dict[fx.Node, frozenset[int]] = {}
     edges: set[tuple[int, int]] = set()
@@ -64,8 +65,8 @@ def site_edges(module: fx.GraphModule) -> list[tuple[int, int]]:
             sources[node], count = frozenset([site]), max(count, site + 1)
         else:
             sources[node] = below if carries_data(node) else frozenset()
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    edges.update((source, count) for source in sources[output])
+    end = read or next(node for node in module.graph.nodes if node.op == "output")
+    edges.update((source, count) for source in sources[end])
     return sorted(edges)
 
 

@@ -57,8 +57,13 @@ class PathTracer(fx.Tracer):
         self._autocast_before = _autocast_state()
         if self.buffers_as_nodes:
             self._buffer_names = {id(buffer): name for name, buffer in root.named_buffers()}
-        with _functions_recorded(self):
-            return super().trace(root, concrete_args)
+        kept = [(module._buffers, dict(module._buffers)) for module in root.modules()]
+        try:
+            with _functions_recorded(self):
+                return super().trace(root, concrete_args)
+        finally:
+            for buffers, before in kept:  # `self.calls += 1` would leave a proxy
+                buffers.update(before)
 
     def remarks(self) -> list[str]:
         """What a user must know of the graph that its sites do not show."""

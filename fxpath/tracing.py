@@ -36,6 +36,8 @@ from .trials import unless_it_fails
 
 TracerName = Literal["symbolic_trace", "torch.export"]
 
+_RENAMED = "__renamed"  # what a name ends in that a graph cannot have
+_FX_NAMES = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
 _ONE_AT_A_TIME = threading.RLock()  # tracers patch torch for the whole process
 
 
@@ -205,15 +207,18 @@ def _symbolic(model: nn.Module, example: Samples, tracer: fx.Tracer) -> Traced:
 
 
 def _spellable(root: nn.Module, graph: fx.Graph) -> nn.Module | dict[str, Any]:
-    """What the graph reads and calls, where a name is a keyword of Python (`heads["class"]`) by another one."""
+    """What the graph reads and calls, by another name for keywords (`heads["class"]`) and fx's own names (`graph`)."""
     named: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
-            parts = str(node.target).split(".")
+            first, *others = parts = str(node.target).split(".")
             value = reduce(getattr, parts, root)
-            node.target = ".".join(f"{part}__keyword" if keyword.iskeyword(part) else part for part in parts)
+            first = f"{first}{_RENAMED}" if first in _FX_NAMES else first
+            node.target = ".".join(
+                f"{part}{_RENAMED}" if keyword.iskeyword(part) else part for part in (first, *others)
+            )
             named[node.target] = value
-    return named if any("__keyword" in name for name in named) else root
+    return named if any(_RENAMED in name for name in named) else root
 
 
 def _constants(model: nn.Module, example: Samples) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _block(traced: Traced, example: Samples, end: fx.Node) -> Site:
     (marker,) = insert_gates(trial, [Activation(own, name, False)])
     marker.meta[NAME] = name  # channels are looked for from the marker back, so that the node itself may make them
     try:
-        (site,) = measured(trial, traced.bind, example, [Activation(marker, name, False)], "unit").sites
+        (site,) = measured(trial, traced.bind, example, [Activation(marker, name, False)], "unit").index.sites
     except SiteError as error:  # its way out is for sites
         reason = str(error).split(";")[0].removeprefix(f"site {name}: ")
         raise SiteError(f"neuron: {name} holds no neurons of each sample: {reason}; name another node") from None
