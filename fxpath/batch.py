@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from .errors import InputError, SampleError, StoreError
 from .given import checked_path
+from .items import Item, collate, misfit, read_item
 from .job import Job
 from .memory import kept_memory
 from .merging import merge_stores
-from .microbatch import Item, collate, compute_rows, misfit, read_item, require_labels
+from .microbatch import compute_rows, require_labels
 from .network import Network
 from .parts import deflated, write_store
 from .progress import no_bars

@@ -36,7 +36,7 @@ _FOLDS = (nn.Unfold, nn.Fold)
 _AXES_THIRD = {"norm", "linalg_vector_norm", "quantile", "nanquantile", "kthvalue", "cosine_similarity"}
 
 
-def channel_axis(site: fx.Node, shapes: Mapping[fx.Node, Shape]) -> int:
+def channel_axis(site: fx.Node, shapes: Mapping[fx.Node, Shape], found: dict[fx.Node, Axes] | None = None) -> int:
     """The channel axis of a site's tensor, the batch axis counted: never 0 where there is another.
 
     `shapes` are those of all nodes that give floating-point tensors. Looks back for the operation that made the
@@ -44,12 +44,15 @@ def channel_axis(site: fx.Node, shapes: Mapping[fx.Node, Shape]) -> int:
     weights have them, unless these mix places), then follows them through permutations, reshapes, broadcasts and
     products of data, which keep the axes that are not summed over. Channels that were merged with other axes are on the
     merged one, those that were split on the first of the parts that are left. Where none made any, they are on axis 1.
+    `found` has the axes of other nodes of the graph, and gets those of the nodes looked at.
     """
-    found: dict[fx.Node, Axes] = {}
+    found = {} if found is None else found
     sources: dict[fx.Node, list[fx.Node]] = {}
     waiting = [site]
     while waiting:
         node = waiting.pop()
+        if node in found:
+            continue
         made = _made(node, shapes)
         if made is not None:
             found[node] = made

@@ -18,14 +18,14 @@ def fingerprint(index: NeuronIndex, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the sites' names, operations and shapes, and the bytes of all weights."""
     digest = hashlib.sha256(json.dumps(index.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        for part in _strided(tensor.detach()):
+        for part in strided(tensor.detach()):
             plain = part.cpu().contiguous()
             digest.update(f"{name}{tuple(plain.shape)}{plain.dtype}".encode())
             digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _strided(tensor: Tensor) -> list[Tensor]:
+def strided(tensor: Tensor) -> list[Tensor]:
     """The tensors that a sparse one is made of; a dense one is itself."""
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce()

@@ -139,7 +139,7 @@ def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> 
             traced.notes.append(f"the module itself refuses a batch of {second.batch}: {short(error)}")
             copies = example.take([0] * example.batch)
             beside = unless_it_fails(lambda: _run(lambda: traced(copies), copies))
-            _note_mixing(model, traced, whole, pytree.tree_map(_first_row, plain(beside)))
+            _note_mixing(model, traced, example.batch, whole, pytree.tree_map(_first_row, plain(beside)))
             return
     try:
         if slopes is None:
@@ -153,10 +153,10 @@ def check(model: nn.Module, traced: Traced, example: Samples, expected: Any) -> 
         return
     _compare(model, traced, second, expected, found)
     if example.batch > 1:
-        _note_mixing(model, traced, whole, expected)
+        _note_mixing(model, traced, example.batch, whole, expected)
     else:  # beside itself with its numbers in reverse
         pair = unless_it_fails(lambda: Samples(example.inputs).map(_and_in_reverse))
-        _note_mixing(model, traced, unless_it_fails(lambda: _run(lambda: traced(pair), pair)), whole)
+        _note_mixing(model, traced, 2, unless_it_fails(lambda: _run(lambda: traced(pair), pair)), whole)
     if slopes is not None and not any(bool(slope.any()) for slope in slopes):  # all is dead for this sample
         _, slopes = _with_slopes(lambda samples: _call(model, samples), example, wanted)
         _, slopes_found = _of_graph(traced, example, lambda: _with_slopes(traced, example, wanted))
@@ -173,10 +173,11 @@ _MIXED = (
 )
 
 
-def _note_mixing(model: nn.Module, traced: Traced, together: Any, alone: Any) -> None:
-    """Note where the first sample's output is another one beside others than it is alone, or among its like."""
+def _note_mixing(model: nn.Module, traced: Traced, batch: int, together: Any, alone: Any) -> None:
+    """Note where the first of `batch` samples has another output beside others than alone, or among its like."""
     leaves = zip(pytree.tree_leaves(plain(alone)), pytree.tree_leaves(plain(together)), strict=False)
-    if any(_another(one, two) for one, two in leaves if isinstance(one, Tensor) and isinstance(two, Tensor)):
+    tensors = [(one, two) for one, two in leaves if isinstance(one, Tensor) and isinstance(two, Tensor)]
+    if any(_another(one, two) for one, two in tensors if two.shape[:1] == (batch,)):  # others are the batch's own
         traced.remarks.append(_MIXED.format(type(model).__name__))
 
 
@@ -193,7 +194,9 @@ def _another(alone: Tensor, together: Tensor) -> bool:
     if not alone.is_floating_point() or alone.shape[:1] != (1,) or alone.shape[1:] != together.shape[1:]:
         return False
     gap, *sizes = (float(each.norm()) for each in (alone - together[:1], alone, together[:1]))
-    return bool(gap > max(1e-3, torch.finfo(alone.dtype).eps ** 0.5) * max(sizes))  # False where it is NaN
+    epsilon = torch.finfo(alone.dtype).eps
+    rounding = max(max(1e-3, epsilon**0.5) * max(sizes), 10 * epsilon * alone.numel() ** 0.5)
+    return bool(gap > rounding)  # False where it is NaN
 
 
 def _of_graph(traced: Traced, samples: Samples, run: Callable[[], Any]) -> Any:

@@ -103,7 +103,8 @@ class _Writer:
             ) from problem
         own |= self.buffers
         for name in _cut_by_numbers(self.graph):
-            own[name] = nn.Parameter(own[name], requires_grad=False)
+            if not isinstance(own[name], nn.Parameter):
+                own[name] = nn.Parameter(own[name], requires_grad=False)
         return fx.GraphModule(own, self.graph, type(self.source).__name__).eval()
 
     def _proxy(self, node: fx.Node) -> Any:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FxpathError, InputError, StoreError
-from .microbatch import Recipe, below
+from .items import below
+from .microbatch import Recipe
 from .selectors.registry import parameters
 
 _LARGEST_THUMBNAIL = 4096

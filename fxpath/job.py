@@ -31,8 +31,9 @@ from .given import (
     checked_thumbnails,
     reachable,
 )
+from .items import Item, collate
 from .keys import checked_sparsities, exact_sparsity
-from .microbatch import Item, Recipe, collate
+from .microbatch import Recipe
 from .network import Network
 from .placement import SIZES, PlacementWarning, settled, tried
 from .records import (

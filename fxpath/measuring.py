@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .activations import Activation
-from .channels import channel_axis
+from .channels import Axes, channel_axis
 from .dry import DryInterpreter, run_dry
 from .errors import ModelError, SiteError
 from .gates import Gates
@@ -38,10 +38,10 @@ class _Place(DryInterpreter):
         first = value[0] if isinstance(value, tuple | list) and value else value  # an LSTM's, attention's
         if isinstance(first, Tensor) and (first.is_floating_point() or first.is_complex()):
             self.shapes[n] = tuple(first.shape)
-        if isinstance(value, Tensor):
-            self.nodes[value] = n
-        elif n.op == "output":
+        if n.op == "output":
             self.given = value
+        elif isinstance(value, Tensor):
+            self.nodes[value] = n
         return value
 
 
@@ -73,6 +73,7 @@ def measured(
     singly, run = _shapes(module, bind, inputs.map(lambda leaf: leaf[:1]), sites)  # views: nothing is copied
     doubly, last = _shapes(module, bind, inputs.map(lambda leaf: leaf[:2] if len(leaf) > 1 else _twice(leaf)), sites)
     blocks, axes, folds = [], [], []
+    channels: dict[fx.Node, Axes] = {}
     for number, site in enumerate(sites):
         one, two = singly.get(number), doubly.get(number)
         if one is None or two is None or two != (2 * one[0], *one[1:]):
@@ -82,7 +83,7 @@ def measured(
             )
         fold = one[0]
         shape = one[1:] if fold == 1 else one
-        axis = channel_axis(site.node, run.shapes)
+        axis = channel_axis(site.node, run.shapes, channels)
         blocks.append((site.name, site.op, shape))
         axes.append(max(axis - (fold == 1), 0))  # a fold's rows are an axis of the block, in place of the batch's
         folds.append(fold)

@@ -6,14 +6,13 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .class_responses import ClassResponse, Logit, Margin, Probability, resolve_target
+from .contents import contents
 from .errors import FxpathError, InputError, unknown
 from .hidden import Hidden, Neuron, neuron
 from .keys import parse_parameters
@@ -198,38 +197,7 @@ def identity(response: Response) -> str:
     while isinstance(named, functools.partial):
         named = named.func
     place = f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', type(named).__qualname__)}"
-    return f"{place} {hashlib.sha256(_said(function).encode()).hexdigest()[:16]}"
-
-
-def _said(value: Any, depth: int = 6) -> str:
-    """What tells a function, or a value that it holds, from others: code without where it was written, contents."""
-    if isinstance(value, int | float | complex | str | bytes | None) or depth == 0:
-        return repr(value) if depth else type(value).__qualname__
-    inner = functools.partial(_said, depth=depth - 1)
-    if isinstance(value, CodeType):
-        return repr((value.co_code, value.co_names, [inner(each) for each in value.co_consts]))
-    if isinstance(value, tuple | list):
-        return f"{type(value).__qualname__}{[inner(each) for each in value]}"
-    if isinstance(value, dict):
-        return repr([(inner(name), inner(each)) for name, each in value.items()])
-    if isinstance(value, set | frozenset):
-        return repr(sorted(map(inner, value)))
-    if isinstance(value, Tensor) and not value.is_meta:
-        plain = value.detach().to_dense().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(plain.tobytes()).hexdigest()}"
-    if isinstance(value, np.ndarray):
-        content = repr(value.tolist()).encode() if value.dtype == object else value.tobytes()
-        return f"{value.dtype}{value.shape}{hashlib.sha256(content).hexdigest()}"
-    if isinstance(value, functools.partial):
-        return repr([inner(each) for each in (value.func, value.args, value.keywords)])
-    if isinstance(value, FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or ()]
-        return repr([inner(each) for each in (value.__code__, held, value.__defaults__, value.__kwdefaults__)])
-    if isinstance(value, MethodType):
-        return repr([inner(value.__func__), inner(value.__self__)])
-    own = getattr(value, "__dict__", {}) if not isinstance(value, type | ModuleType) else {}
-    name = getattr(value, "__qualname__", type(value).__qualname__)
-    return f"{type(value).__module__}.{name}{inner(dict(own)) if own else ''}"
+    return f"{place} {hashlib.sha256(contents(function).encode()).hexdigest()[:16]}"
 
 
 def respond(response: Response, output: Any, target: Tensor | None, batch: int) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import threading
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from operator import is_
 from typing import Any
@@ -44,7 +44,7 @@ def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
     modules = list(modules)
     attributes = [(module, dict(vars(module))) for module in modules]
     containers = _containers(named for _, named in attributes)
-    contents = [each.copy() if each else () for each in containers]  # nearly all are empty
+    contents = [_kind(each)(each) if each else () for each in containers]  # nearly all are empty
 
     def restore() -> None:
         for module, named in attributes:
@@ -54,8 +54,9 @@ def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
             now.update(named)
         for container, content in zip(containers, contents, strict=True):
             if not _unchanged(container, content):
-                container.clear()
-                container.extend(content) if isinstance(container, list | deque) else container.update(content)
+                kind: Any = _kind(container)  # its own methods: those of a subclass may refuse
+                kind.clear(container)
+                (kind.extend if kind in (list, deque) else kind.update)(container, content)
         restore_buffers()
 
     with kept_buffers(modules) as restore_buffers:
@@ -63,6 +64,11 @@ def put_back(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
             yield restore
         finally:
             restore()
+
+
+def _kind(container: Any) -> type:
+    """The container of Python's that one is made from."""
+    return next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(container, kind))
 
 
 def _containers(attributes: Iterable[dict[str, Any]]) -> list[Any]:

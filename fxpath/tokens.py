@@ -52,7 +52,7 @@ def _named(samples: Samples, rows: Sequence[int]) -> str:
 def _require_real_place(network: Network, tokens: Tensor, samples: Samples) -> None:
     """Raise `SampleError` for samples of which the response reads a token that is padding."""
     place = getattr(network.response, "at", None)
-    if not isinstance(place, Token) or not -tokens.shape[1] <= place.position < tokens.shape[1]:
+    if not isinstance(place, Token) or network.places != tokens.shape[1]:  # else they are others than the input's
         return
     bare = torch.nonzero(~tokens[:, place.position]).flatten().tolist()
     if bare:

@@ -57,7 +57,8 @@ class PathTracer(fx.Tracer):
         self._autocast_before = _autocast_state()
         if self.buffers_as_nodes:
             self._buffer_names = {id(buffer): name for name, buffer in root.named_buffers()}
-        kept = [(module._buffers, dict(module._buffers)) for module in root.modules()]
+        plain = [part for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)]
+        kept = [(part._buffers, dict(part._buffers)) for part in plain]
         try:
             with _functions_recorded(self):
                 return super().trace(root, concrete_args)

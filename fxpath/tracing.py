@@ -110,7 +110,8 @@ def trace_module(
                         traced = way()
                     require_open(traced.graph_module)
                     if check:
-                        check_equal(model, traced, example, expected)
+                        with put_back([traced.graph_module.get_submodule(name) for name in traced.originals]):
+                            check_equal(model, traced, example, expected)
                     name_nodes(traced.graph_module)
                     traced.constants = _constants(model, example)
                     traced.notes += attempts

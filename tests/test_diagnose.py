@@ -31,7 +31,8 @@ from fxpath.ablation import PER_SITE, Diagnosis, marginal_contributions, sample_
 from fxpath.analysis import ablation_correlations, summary
 from fxpath.cli import main, summary_text
 from fxpath.errors import InputError, StoreError
-from fxpath.microbatch import Item, Recipe, compute_rows
+from fxpath.items import Item
+from fxpath.microbatch import Recipe, compute_rows
 from fxpath.schema import Rows
 from fxpath.selectors import parse
 

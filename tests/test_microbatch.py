@@ -14,16 +14,8 @@ from torch import Tensor, nn
 
 import fxpath
 from fxpath.errors import ImageError, InputError, SampleError, SparsityError
-from fxpath.microbatch import (
-    Item,
-    Recipe,
-    collate,
-    compute_rows,
-    misfit,
-    quantised,
-    read_item,
-    require_labels,
-)
+from fxpath.items import Item, collate, misfit, read_item
+from fxpath.microbatch import Recipe, compute_rows, quantised, require_labels
 from fxpath.pathways import Pathways, Selection
 from fxpath.placement import SIZES, settled, tried
 from fxpath.schema import Rows

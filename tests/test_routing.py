@@ -26,7 +26,8 @@ import fxpath
 from fxpath import progress
 from fxpath.errors import InputError, RestrictionError, SparsityError
 from fxpath.gates import Restriction
-from fxpath.microbatch import Item, Recipe, compute_rows
+from fxpath.items import Item
+from fxpath.microbatch import Recipe, compute_rows
 from fxpath.network import Network
 from fxpath.ranks import rank_correlation
 from fxpath.responses import OutputFunction

@@ -13,8 +13,8 @@ import torch
 
 import fxpath
 from fxpath.images import load_images
+from fxpath.items import collate, read_item
 from fxpath.memory import kept_memory
-from fxpath.microbatch import collate, read_item
 from fxpath.neurons import NeuronIndex
 from fxpath.placement import SIZES
 from fxpath.schema import Header, PathwayRows, Rows
