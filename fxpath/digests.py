@@ -18,6 +18,8 @@ def fingerprint(index: NeuronIndex, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the sites' names, operations and shapes, and the bytes of all weights."""
     digest = hashlib.sha256(json.dumps(index.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
+        if tensor.layout != torch.strided:
+            digest.update(str(tensor.layout).encode())
         for part in strided(tensor.detach()):
             plain = part.cpu().contiguous()
             digest.update(f"{name}{tuple(plain.shape)}{plain.dtype}".encode())

@@ -114,7 +114,7 @@ def _make_functional(node: fx.Node, module: fx.GraphModule) -> bool:
             raise MutationError(f"method {target!r} has no out-of-place form")
         node.target = plain
         return True
-    if node.op != "call_function":
+    if node.op != "call_function" or isinstance(target, type):  # a dataclass may have a field called `out`
         return False
     if isinstance(node.kwargs.get("out"), fx.Node):
         raise MutationError(f"{node.format_node()} writes into another tensor (out=)")

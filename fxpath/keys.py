@@ -135,7 +135,8 @@ def parse_parameters(
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
         if not equals:
-            raise InputError(f"{said}: expected param=value, found {item!r}")
+            takes = f"parameters are {', '.join(names)}" if names else "there are no parameters"
+            raise InputError(f"{said}: expected param=value, found {item!r}; {takes}")
         if name not in names:
             raise InputError(f"{said}: " + unknown("parameter", name, names))
         if name in given:

@@ -129,7 +129,9 @@ def require_arguments(model: nn.Module, example: Samples) -> None:
         takes = ", ".join(parameter.name for parameter in parameters_of(model))
         gives = ", ".join(example.kwargs) or f"{len(example.args)} in order"
         raise InputError(
-            f"trace: {type(model).__name__}.forward takes the arguments ({takes}), the example gives {gives}: {error}"
+            f"trace: {type(model).__name__}.forward takes the arguments ({takes}), the example gives {gives}: {error}; "
+            "give a tuple of all in order or a dict by name (the command line knows models of one image alone: use "
+            "fxpath.trace and fxpath.compute)"
         ) from None
 
 

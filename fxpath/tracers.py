@@ -39,7 +39,8 @@ _OPENED = (
 class PathTracer(fx.Tracer):
     """fx's tracer, with more leaf modules, and with in-place operators, hooks and custom gradients recorded as such.
 
-    `scripted` and `autocast` say what it met on its way: TorchScript modules, and the line where autocast is switched;
+    `scripted`, `recurrent` and `autocast` say what it met on its way: TorchScript modules, recurrent layers of
+    rectifiers, and the line where autocast is switched;
     `functions` are what its graph calls for the autograd functions that it met.
     """
 
@@ -49,6 +50,7 @@ class PathTracer(fx.Tracer):
         self.buffers_as_nodes = False
         self._buffer_names: dict[int, str] = {}
         self.scripted: list[str] = []
+        self.recurrent: list[str] = []
         self.autocast: str | None = None
         self._autocast_before: tuple[Any, ...] = ()
         self.functions: dict[type[torch.autograd.Function], Callable[..., Any]] = {}
@@ -68,13 +70,19 @@ class PathTracer(fx.Tracer):
 
     def remarks(self) -> list[str]:
         """What a user must know of the graph that its sites do not show."""
-        scripted = ", ".join(dict.fromkeys(self.scripted))
-        if not scripted:
-            return []
-        return [
-            f"{scripted} is TorchScript, a leaf: activations inside are no sites; give the Python module if they "
-            "should be"
-        ]
+        scripted, recurrent = (", ".join(dict.fromkeys(paths)) for paths in (self.scripted, self.recurrent))
+        said = []
+        if scripted:
+            said.append(
+                f"{scripted} is TorchScript, a leaf: activations inside are no sites; give the Python module if they "
+                "should be"
+            )
+        if recurrent:
+            said.append(
+                f"{recurrent} applies a ReLU at every step, within a leaf: these are no sites; write the steps out (a "
+                "linear layer and a ReLU in a loop) if they should be"
+            )
+        return said
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, torch.jit.ScriptModule):
@@ -113,6 +121,8 @@ class PathTracer(fx.Tracer):
         if inner is not m and not _hooked(m):
             return inner(*args, **kwargs)
         if isinstance(m, torch.jit.ScriptModule) or self.is_leaf_module(m, self.path_of_module(m)):
+            if getattr(m, "nonlinearity", None) == "relu" and isinstance(m, nn.RNN | nn.RNNCell):
+                self.recurrent.append(self.path_of_module(m))
             return super().call_module(m, forward, args, kwargs)
         if not _hooked(m):
             return super().call_module(m, m.forward, args, kwargs)

@@ -110,8 +110,7 @@ def trace_module(
                         traced = way()
                     require_open(traced.graph_module)
                     if check:
-                        with put_back([traced.graph_module.get_submodule(name) for name in traced.originals]):
-                            check_equal(model, traced, example, expected)
+                        check_equal(model, traced, example, expected)
                     name_nodes(traced.graph_module)
                     traced.constants = _constants(model, example)
                     traced.notes += attempts
@@ -131,6 +130,9 @@ def trace_module(
         first = None  # its traceback holds this frame: a cycle that would keep the example alive
         if len(attempts) > 1:  # torch.export has failed, and leaves such cycles of its own
             gc.collect()
+    for name, own in traced.originals.items():  # what these noted of themselves is gone, too
+        vars(traced.graph_module.get_submodule(name)).clear()
+        vars(traced.graph_module.get_submodule(name)).update(vars(own), inplace=False)
     if leaves and traced.tracer == "torch.export":
         shown = ", ".join(kind.__name__ for kind in leaves)
         traced.remarks.append(f"{shown} could not be leaves: {opened(attempts)}")

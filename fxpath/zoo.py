@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -39,6 +39,14 @@ class LoadedModel:
     preprocessing: str
     input_shape: tuple[int, ...]
     classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = self.input_shape
+        if not isinstance(shape, Sequence) or not all(type(size) is int and size > 0 for size in shape):
+            raise ModelError(
+                f"model {self.name!r}: expected input_shape to be one tensor's, such as (3, 224, 224), found "
+                f"{shape!r}; for other inputs use fxpath.trace and fxpath.compute in Python"
+            )
 
     def example(self, batch: int = 1) -> torch.Tensor:
         """Standard-normal noise `(batch, *input_shape)` float32, the same each time; raises `InputError` below 1."""
