@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .activations import Activation
-from .errors import SiteError
+from .errors import ModelError, SiteError
 from .gates import Gates
 from .neurons import NeuronIndex
 from .nodes import argument, carries_data, plain_name
@@ -35,7 +35,9 @@ def require_own_rows(
     *,
     thorough: bool,
 ) -> None:
-    """The rows of each of several samples must be those that it has alone; raises `SiteError`.
+    """The rows of each of several samples must be those that it has alone.
+
+    Raises `SiteError` where they are not, and `ModelError` for a graph that runs on two samples at most.
 
     Folded sites must hold them as a block, not every other row; in others rows must not be nearer to another sample's
     (where samples see each other, they are not the same either, but still the sample's own). `folds` are those of the
@@ -85,11 +87,11 @@ class _Trial:
         able = [(one, own) for one, own in runs if own is not None]
         if len(able) < 2:
             return set()
-        found = self._compared(able)
+        found = self._compared(able) or set()
         if both:
-            found |= self._compared(able[::-1])
+            found |= self._compared(able[::-1]) or set()
             orders = {node for node in self.moving if plain_name(node) in _ORDERS}
-            found |= self._compared(able, orders) if orders else set()
+            found |= (self._compared(able, orders) if orders else None) or set()
         return found
 
     def _run(self, batch: Samples, see: Callable[[int, Tensor], None], run: Callable[..., Any]) -> bool:
@@ -106,8 +108,8 @@ class _Trial:
 
     def _compared(
         self, runs: Sequence[tuple[Samples, Mapping[int, Tensor]]], orders: set[fx.Node] | None = None
-    ) -> set[int]:
-        """The sites with rows, of the samples together, that are not those of each alone."""
+    ) -> set[int] | None:
+        """The sites with rows, of the samples together, that are not those of each alone; None if it cannot run."""
         wrong: set[int] = set()
 
         def compare(number: int, value: Tensor) -> None:
@@ -122,9 +124,13 @@ class _Trial:
 
         together = _together([one for one, _ in runs])
         run = self.until if orders is None else _Reversed(self.until, orders, len(runs)).run
-        if not self._run(together, compare, run) and not wrong and len(runs) > 2:
-            return self._compared(runs[:2], orders)  # a network of pairs
-        return wrong
+        able = self._run(together, compare, run)
+        if not able and orders is None and 2 < len(runs) < _MANY and self._compared(runs[:2]) is not None:
+            raise ModelError(
+                f"trace: the graph runs on one sample and on two, and not on {len(runs)}; take the number of samples "
+                "from the input (x.shape[0]) and let no line depend on which it is"
+            )
+        return wrong if able or wrong else None
 
 
 class _Reversed(fx.Interpreter):

@@ -92,6 +92,19 @@ def test_an_order_that_the_example_does_not_show(name: str, batch: int) -> None:
     assert len(fxpath.trace(model, x, sites=["relu"]).sites) == 1
 
 
+def test_a_graph_that_holds_for_two_samples_alone() -> None:
+    def body(self: Layers, x: Tensor) -> Tensor:
+        y = F.relu(self.f(torch.cat([x[0::2], x[1::2]])))
+        z = torch.empty_like(y)
+        z[0::2] = y[: x[0::2].shape[0]]
+        z[1::2] = y[x[0::2].shape[0] :]
+        return self.h(F.relu(z))
+
+    model, x = small(body)
+    with pytest.raises(ModelError, match=r"the graph runs on one sample and on two, and not on 3; take the number of"):
+        fxpath.trace(model, x[:2])
+
+
 def test_rows_that_masks_put_together() -> None:
     def body(self: Layers, x: Tensor) -> Tensor:
         first = x[:, 0] > 0
