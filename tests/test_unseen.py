@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 import fxpath
 from fxpath import channels
+from fxpath.equality import _another
 from fxpath.errors import InputError, ModelError, SampleError, TraceError, TraceWarning
 from fxpath.responses import OutputFunction, identity, parse_response, token
 from fxpath.zoo import LoadedModel
@@ -54,6 +55,7 @@ def test_a_counter_that_nothing_reads() -> None:
     model, x = Buffered(counted).double().eval(), rows(2)
     network = fxpath.trace(model, x)
     assert network.traced.tracer == "symbolic_trace"
+    assert not network.traced.graph_module.graph.find_nodes(op="get_attr")
     assert torch.equal(network(x), model(x))
     assert float(model.calls) == 1  # that of the line above: tracing and the network leave it alone
     with pytest.raises(TraceError, match=r"Perhaps: write to a buffer only where self\.training says so"):
@@ -242,6 +244,7 @@ MIXED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Tensor, int]] = {
     "a square layer": (lambda m, x: m.l(x) @ m.square, NODES, 1),
     "a square layer in front": (lambda m, x: m.square[:6, :6] @ m.c(x).flatten(2), MAPS, 0),
     "a layer a head": (lambda m, x: torch.einsum("bthd,hde->bthe", m.l6(x).unflatten(2, (2, 3)), m.heads), NODES, 2),
+    "fewer come out": (lambda m, x: m.adjacency[:4] @ m.l(x), NODES, 0),
     "of the input": (lambda m, x: x @ m.square[:3, :3], NODES, 1),
 }
 
@@ -460,6 +463,12 @@ def test_one_number_of_a_whole_batch_is_no_mixing() -> None:
             return {"logits": self.h(h), "loss": h.mean().view(1), "none": h.softmax(1).sum(1, keepdim=True) - 1}
 
     fxpath.trace(Aux().double().eval(), rows(2), response="logit:output=logits")  # a warning is an error here
+
+
+def test_rounding_around_zero_is_no_mixing() -> None:
+    alone = torch.full((1, 4), 1e-17, dtype=torch.float64)
+    assert not _another(alone, torch.cat([-alone, alone]))
+    assert _another(1e6 * alone + 1, torch.cat([alone, alone]))
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
