@@ -1,4 +1,7 @@
-"""Activations that are written out as formulas: `torch.where(x > 0, x, 0)`, `x * (x > 0)`, `x * sigmoid(x)` …"""
+"""Activations that are written out as formulas: `torch.where(x > 0, x, 0)`, `x * (x > 0)`, `x * sigmoid(x)` …
+
+Which operations a formula is made of says what it may be, and its values at some points what it is.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .curves import CASTS, Curve, curve, floating
 from .nodes import altered, argument, called_module, plain_name
 
 _SAME = {  # torch's other names
@@ -19,25 +23,27 @@ _ABOVE, _BELOW = {"gt", "ge"}, {"lt", "le"}
 _PRODUCT = {"mul"}
 _QUOTIENT = {"div", "truediv"}
 _DIFFERENCE = {"sub", "rsub"}
-_CASTS = {
-    "to", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy", "detach", "lift_fresh_copy", "clone",
-}  # fmt: skip
+_LOGARITHM = {"log", "log1p"}
 _GATES = {"sigmoid", "expit", "tanh", "erf", "hardsigmoid", "relu6", "hardtanh", "clamp", "clip", "softplus", "exp"}
+_STEPS = _ABOVE | _BELOW | {"sign", "heaviside"}
+_CLAMPS = {"clamp", "clip", "clamp_min"}
 _ELEMENTWISE = (
-    _ABOVE | _BELOW | _PRODUCT | _CASTS | _GATES
-    | _QUOTIENT | _DIFFERENCE
-    | {"add", "pow", "square", "neg", "abs", "sign", "log1p", "log", "sqrt", "rsqrt", "reciprocal",
-       "expm1", "where", "maximum", "minimum", "clamp_min", "clamp_max", "heaviside"}
+    _PRODUCT | CASTS | _GATES | _STEPS | _CLAMPS
+    | _QUOTIENT | _DIFFERENCE | _LOGARITHM
+    | {"add", "pow", "square", "neg", "abs", "sqrt", "rsqrt", "reciprocal",
+       "expm1", "where", "maximum", "minimum", "clamp_max"}
 )  # fmt: skip
 _MODULES: dict[type[nn.Module], str] = {  # those that formulas are made of
     getattr(nn, name): name.lower() for name in ("Sigmoid", "Tanh", "Hardsigmoid", "ReLU6", "Hardtanh", "Softplus")
 }
 _CONSTANTS = ("_tensor_constant", "lifted_tensor")
 _MAXIMUM = {"maximum", "max", "fmax"}
-_LAST = _PRODUCT | _QUOTIENT | _DIFFERENCE | _MAXIMUM | {"where", "log", "log1p", "reciprocal"}  # of formulas of one x
-_QUOTIENTS = {frozenset({"abs", "add"}): "softsign", frozenset({"neg", "exp", "add"}): "silu"}  # of x, by these
-_INVERSES = {frozenset({"neg", "exp", "add"}): "sigmoid"}  # of what these make of x
-_LOGARITHMS = {("log1p", frozenset({"exp"})): "softplus", ("log", frozenset({"exp", "add"})): "softplus"}
+_LAST = _PRODUCT | _QUOTIENT | _DIFFERENCE | _MAXIMUM | _LOGARITHM | {"where", "reciprocal"}  # of formulas of one x
+_OF_RECTIFIERS = {"hardswish"}  # by definition; any other formula leaves a rectifier within it to be one
+_FULL = {
+    "scalar_tensor": (0, "s"), "tensor": (0, "data"), "full": (1, "fill_value"), "full_like": (1, "fill_value"),
+    "new_full": (2, "fill_value"),
+}  # fmt: skip
 _LARGEST = 16  # nodes of a formula
 
 
@@ -61,18 +67,38 @@ class Formula:
 
 
 def formulas_of(graph: fx.Graph) -> list[Formula]:
-    """Every formula that the graph spells out; a node is part of one at most, the largest."""
+    """Every formula that the graph spells out; a node is part of one at most, the largest.
+
+    One that is no rectifier gives way to a rectifier within it, unless it is made of one by definition.
+    """
+    candidates = [formula for node in reversed(graph.nodes) if (formula := _formula(node)) is not None]
+    rectifiers = {formula.node for formula in candidates if formula.rectifier}
     found: list[Formula] = []
     taken: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        name = _name(node)
-        formula = _rectifier(node, name)
-        if formula is None and name in _LAST:
-            formula = _of_one(node, str(name))
-        if formula is not None and not taken & {formula.node, *formula.within}:
+    for formula in candidates:
+        gives_way = not formula.rectifier and formula.op not in _OF_RECTIFIERS
+        if gives_way and any(each in rectifiers or _rectifies(each) for each in formula.within):
+            continue
+        if not taken & {formula.node, *formula.within}:
             found.append(formula)
             taken |= {formula.node, *formula.within}
     return found[::-1]
+
+
+def _formula(node: fx.Node) -> Formula | None:
+    name = _name(node)
+    formula = _rectifier(node, name)
+    return _of_one(node, str(name)) if formula is None and name in _LAST else formula
+
+
+def _rectifies(node: fx.Node) -> bool:
+    """Whether a node is a rectifier by itself: `relu6`, a clamp or a Hardtanh that begins at 0."""
+    name, module = _name(node), called_module(node)
+    if name == "hardtanh":
+        return is_zero(argument(node, 1, "min_val") if module is None else module.min_val)
+    if name in _CLAMPS:
+        return is_zero(argument(node, 1, "min")) and not isinstance(argument(node, 2, "max"), fx.Node)
+    return name == "relu6"
 
 
 def _number(value: Any) -> float | None:
@@ -81,19 +107,28 @@ def _number(value: Any) -> float | None:
         name = plain_name(value)
         if name in ("zeros_like", "zeros", "new_zeros"):
             return 0.0
-        if name in ("scalar_tensor", "tensor", "full_like", "full", "new_full"):
-            return _number(value.args[-1] if value.args else None)
-        if name in _CASTS:
-            return _number(value.args[0])
+        if name in ("ones_like", "ones", "new_ones"):
+            return 1.0
+        if name in _FULL:
+            place, called = _FULL[name]
+            return _number(argument(value, place, called))
+        if name in CASTS:
+            number = _number(argument(value, 0, "input", "self"))
+            return number if number is None or floating(value) or number in (0, 1) else None
         constant = str(value.target).startswith(_CONSTANTS)  # made while tracing; a buffer may change
-        if value.op == "get_attr" and constant and value.graph.owning_module is not None:
-            held: Any = value.graph.owning_module
-            for part in str(value.target).split("."):
-                held = getattr(held, part)
-            plain = isinstance(held, torch.Tensor) and not isinstance(held, torch.nn.Parameter) and not held.is_meta
-            return float(held) if plain and held.numel() == 1 and not held.is_complex() else None
-        return None
+        return _held(value) if constant else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _held(node: fx.Node) -> float | None:
+    """The one number that a graph's tensor holds, if it is no parameter."""
+    if node.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    held: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        held = getattr(held, part)
+    plain = isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter) and not held.is_meta
+    return float(held) if plain and held.numel() == 1 and not held.is_complex() else None
 
 
 def is_zero(value: Any) -> bool:
@@ -101,14 +136,18 @@ def is_zero(value: Any) -> bool:
     return _number(value) == 0
 
 
+def _uncast(node: Any, *, exactly: bool = False) -> Any:
+    """What casts and copies were made of; exactly where none of them may have rounded it."""
+    while isinstance(node, fx.Node) and (floating(node) if exactly else _name(node) in CASTS):
+        node = argument(node, 0, "input", "self")
+    return node
+
+
 def _compared(node: Any) -> tuple[fx.Node, bool] | None:
     """x and whether it is `x > 0` rather than `x < 0` (or with equality); casts are looked through."""
-    while isinstance(node, fx.Node) and _name(node) in _CASTS:
-        node = node.args[0]
+    node = _uncast(node)
     if isinstance(node, fx.Node) and _name(node) == "heaviside":
-        step = argument(node, 0, "input", "self")
-        while isinstance(step, fx.Node) and _name(step) in _CASTS:  # it has no gradient: x is detached before
-            step = step.args[0]
+        step = _uncast(argument(node, 0, "input", "self"), exactly=True)  # detached before: it has no gradient
         return (step, True) if isinstance(step, fx.Node) else None
     if not isinstance(node, fx.Node) or _name(node) not in _ABOVE | _BELOW:
         return None
@@ -151,7 +190,12 @@ def _rectifier(node: fx.Node, name: str | None) -> Formula | None:
         x = second if isinstance(first, fx.Node) and is_zero(first) else x
     if not isinstance(x, fx.Node):
         return None
-    return Formula(node, "relu", True, _between(node, x))
+    closed = _closure(node, x)
+    drawn = _curve(node, x, closed) if closed is not None else None
+    if drawn is not None and drawn.rectifier() is None:
+        return None
+    alone = closed is not None and _private(node, closed)
+    return Formula(node, "relu", True, frozenset(closed - {node}) if closed is not None and alone else frozenset())
 
 
 def _positive(value: Any) -> bool:
@@ -174,108 +218,126 @@ def _doubled(node: Any) -> fx.Node | None:
     return None
 
 
-def _leak(node: fx.Node, x: fx.Node) -> bool:
-    """Whether a maximum is one of x and a share of it, `max(x, 0.1 * x)`."""
-    others = [each for each in node.all_input_nodes if each is not x]
-    if x not in node.args or len(others) != 1 or _name(others[0]) not in _PRODUCT:
-        return False
-    factors = [each for each in others[0].args if each is not x]
-    return len(factors) == 1 and isinstance(factors[0], int | float) and 0 < factors[0] < 1
+def _elementwise(node: fx.Node) -> bool:
+    if _name(node) in ("max", "min"):  # of two tensors, and along no axis
+        return isinstance(argument(node, 1, "other"), fx.Node)
+    return _name(node) in _ELEMENTWISE or (node.target is getattr and node.args[1] in ("dtype", "device"))
 
 
-def _between(node: fx.Node, x: fx.Node) -> frozenset[fx.Node]:
-    """The nodes that lead from x to the node and serve nothing else."""
-    closed = _closure(node, x, zeros=True)
-    return frozenset() if closed is None else frozenset(closed - {node})
-
-
-def _closure(node: fx.Node, x: fx.Node, *, zeros: bool = False) -> set[fx.Node] | None:
+def _closure(node: fx.Node, x: fx.Node) -> set[fx.Node] | None:
     """Everything that an elementwise formula of x alone is made of; None where it reads anything else.
 
-    Parameters and numbers may take part, and where it says so tensors of zeros.
+    Numbers, parameters and buffers may take part.
     """
     inside = {node}
     waiting = [node]
     while waiting:
         for source in waiting.pop().all_input_nodes:
-            if source is x or source.op == "get_attr" or source in inside:
+            if source is x or source in inside or source.op == "get_attr" or _number(source) is not None:
                 continue
-            if zeros and is_zero(source):
-                continue
-            if _name(source) not in _ELEMENTWISE or len(inside) >= _LARGEST:
+            if not _elementwise(source) or len(inside) >= _LARGEST:
                 return None
             inside.add(source)
             waiting.append(source)
-    if any(user not in inside for each in inside - {node} for user in each.users):
-        return None
     return inside
 
 
+def _private(node: fx.Node, closed: set[fx.Node]) -> bool:
+    """Whether nothing else reads what leads to the node; export's checks of a cast's type read no values."""
+    users = {user for each in closed - {node} for user in each.users} - closed
+    return all(_name(user) == "_assert_tensor_metadata" for user in users)
+
+
+def _curve(node: fx.Node, x: fx.Node, closed: set[fx.Node]) -> Curve | None:
+    """What the formula makes of some x: a parameter stands for 1, as does a buffer of several numbers."""
+    numbers: dict[fx.Node, float] = {}
+    for source in _given(x, closed):
+        number = _number(source)
+        number = _held(source) if number is None else number
+        numbers[source] = 1.0 if number is None else number
+    own = [each for inner in closed for given in (inner.args, inner.kwargs.values()) for each in given]
+    return curve(node, x, numbers, [*numbers.values(), *(each for each in own if isinstance(each, int | float))])
+
+
+def _given(x: fx.Node, closed: set[fx.Node]) -> list[fx.Node]:
+    """What a formula reads besides x."""
+    return [each for inner in closed for each in inner.all_input_nodes if each is not x and each not in closed]
+
+
 def _of_one(node: fx.Node, name: str) -> Formula | None:
-    """A formula of one x that is no rectifier.
+    """A formula of one x.
 
     x · g(x) with g made of sigmoid, tanh, erf … (SiLU, GELU, Mish, Hardswish); x / (1 + |x|); 1 / (1 + exp(-x));
-    log(1 + exp(x)); x - tanh(x); max(x, 0.1 x); what `where` puts together of pieces, by comparing x or |x|.
+    log(1 + exp(x)); x - tanh(x); max(x, 0.1 x); what `where` puts together of pieces, by comparing x or |x|. Of these,
+    a product with a step and the pieces of `where` may be rectifiers, by constants alone.
     """
     sources = [node]
     seen: set[fx.Node] = set()
     while sources:  # nearest x first, so that what made x is no part of the formula
         x = sources.pop(0)
         closed = _closure(node, x) if x is not node else None
-        if closed is not None:
-            within = {str(_name(each)) for each in closed if each is not node and _reads(each, x, closed)}
-            kinds = {each for each in within if each in _GATES}
-            if name == "where":
-                return Formula(node, "piecewise", False, frozenset(closed - {node})) if _decides(node, closed) else None
-            op = None if name in _PRODUCT else _by_inner(node, name, x, frozenset(within), closed)
-            if op is not None:
-                return Formula(node, op, False, frozenset(closed - {node}))
-            if name in _PRODUCT and kinds and _reaches_plainly(node, x, closed):
-                last, more = _scaled(node, kinds)
-                return Formula(last, _called(kinds, closed), False, frozenset((closed | more) - {last}))
+        if closed is not None and _private(node, closed):
+            names = {str(_name(each)) for each in _led(x, closed) - {node}}
+            formula = _read(node, name, x, names, closed) if _may_be(node, name, x, names, closed) else None
+            if formula is not None:
+                return formula
         for source in x.all_input_nodes:
-            if source not in seen and len(seen) < _LARGEST and (x is node or _name(x) in _ELEMENTWISE):
+            if source not in seen and len(seen) < _LARGEST and (x is node or _elementwise(x)):
                 seen.add(source)
                 sources.append(source)
     return None
 
 
-def _by_inner(node: fx.Node, name: str, x: fx.Node, within: frozenset[str], closed: set[fx.Node]) -> str | None:
-    """The activation that a quotient, an inverse, a logarithm, a difference or a maximum is, by what is within."""
-    if name in _MAXIMUM:
-        return "leaky_relu" if _leak(node, x) else None
+def _may_be(node: fx.Node, name: str, x: fx.Node, within: set[str], closed: set[fx.Node]) -> bool:
+    """Whether a formula is made as activations are, by its last operation and the names of those that x leads to."""
     first, second = argument(node, 0, "input", "self"), argument(node, 1, "other")
+    if name == "where":
+        return _decides(node, closed)
+    if name in _PRODUCT:
+        return bool(within & (_GATES | _STEPS)) and _reaches_plainly(node, x, closed)
+    if name in _MAXIMUM:
+        return first is x or second is x
     if name in _DIFFERENCE:
-        from_x, taken = (second, first) if name == "rsub" else (first, second)
-        shrinks = from_x is x and within == {"tanh"} and len(closed) == 2 and _name(taken) == "tanh"
-        return "tanhshrink" if shrinks and node.kwargs.get("alpha", 1) == 1 else None
-    if "add" in within and not _plus_one(closed):
+        return (second if name == "rsub" else first) is x and "tanh" in within
+    if name in _QUOTIENT and first is x:
+        return bool(within & {"exp", "abs"})
+    return "exp" in within and (name not in _QUOTIENT or _number(first) == 1)
+
+
+def _read(node: fx.Node, name: str, x: fx.Node, within: set[str], closed: set[fx.Node]) -> Formula | None:
+    """The formula by its values; a product with a gate and what `where` puts together are activations in any case."""
+    drawn = _curve(node, x, closed)
+    constant = all(_number(each) is not None for each in _given(x, closed))  # parameters and buffers may change
+    product, pieces = name in _PRODUCT, name == "where"
+    bends = constant and (pieces or (product and bool(within & _STEPS)))
+    found = drawn.rectifier() if drawn is not None and bends else None
+    rectifier = found is not None
+    if drawn is not None and not rectifier:
+        found = drawn.activation()
+    if found is None or not (rectifier or product or abs(found[1] - 1) < 1e-3):
+        found = ("piecewise", 1.0) if pieces else ("self_gated", 1.0) if product and within & _GATES else None
+    if found is None:
         return None
-    if name in ("log", "log1p"):
-        return _LOGARITHMS.get((name, within))
-    if name == "reciprocal" or _number(first) == 1:
-        return _INVERSES.get(within)
-    return _QUOTIENTS.get(within) if first is x else None
+    op, scale = found
+    last = _scaled(node, scale) if product else node
+    return Formula(last, op, rectifier, frozenset((closed | {node}) - {last}))
 
 
-def _plus_one(closed: set[fx.Node]) -> bool:
-    """Whether every sum in a formula adds 1."""
-    sums = [each for each in closed if _name(each) == "add"]
-    return all(
-        each.kwargs.get("alpha", 1) == 1 and any(_number(term) == 1 for term in (*each.args, *each.kwargs.values()))
-        for each in sums
-    )
+def _led(x: fx.Node, closed: set[fx.Node]) -> set[fx.Node]:
+    """The nodes of a formula that depend on x."""
+    led: set[fx.Node] = set()
+    waiting = [x]
+    while waiting:
+        more = {user for user in waiting.pop().users if user in closed and user not in led}
+        led |= more
+        waiting += more
+    return led
 
 
 def _decides(node: fx.Node, closed: set[fx.Node]) -> bool:
     """Whether what `where` decides by is a comparison within the formula."""
     condition = _choice(node)[0]
     return isinstance(condition, fx.Node) and condition in closed and _name(condition) in (*_ABOVE, *_BELOW)
-
-
-def _reads(node: fx.Node, x: fx.Node, closed: set[fx.Node]) -> bool:
-    sources = node.all_input_nodes
-    return x in sources or any(_reads(source, x, closed) for source in sources if source in closed)
 
 
 def _reaches_plainly(node: fx.Node, x: fx.Node, closed: set[fx.Node]) -> bool:
@@ -291,38 +353,17 @@ def _reaches_plainly(node: fx.Node, x: fx.Node, closed: set[fx.Node]) -> bool:
     return False
 
 
-def _scaled(node: fx.Node, kinds: set[str]) -> tuple[fx.Node, set[fx.Node]]:
-    """The formula's last node where a factor of its own (½ of GELU, 1/6 of Hardswish) comes after the product."""
-    factor = 2.0 if kinds & {"erf", "tanh"} else 6.0 if kinds & {"relu6", "hardtanh", "clamp", "clip"} else None
+def _scaled(node: fx.Node, scale: float) -> fx.Node:
+    """The formula's last node where a factor that undoes its scale (½ of GELU, 1/6 of Hardswish) comes after it."""
     user = next(iter(node.users)) if len(node.users) == 1 else None
-    if factor is None or user is None or len(user.args) != 2:
-        return node, set()
+    if abs(scale - 1) < 1e-3 or user is None or len(user.args) != 2:
+        return node
     other = user.args[1] if user.args[0] is node else user.args[0]
-    if not isinstance(other, int | float):
-        return node, set()
-    divided = _name(user) in _QUOTIENT and user.args[0] is node and abs(other - factor) < 1e-6
-    times = _name(user) in _PRODUCT and abs(other * factor - 1) < 1e-6
-    return (user, {node, user}) if divided or times else (node, set())
-
-
-def _called(kinds: set[str], closed: set[fx.Node]) -> str:
-    by_exp = _plus_one(closed)
-    if "erf" in kinds:
-        return "gelu"
-    if "tanh" in kinds:
-        return "gelu" if not kinds & {"softplus", "exp"} else "mish" if "exp" not in kinds or by_exp else "self_gated"
-    if kinds & {"relu6", "hardtanh", "hardsigmoid", "clamp", "clip"}:
-        return "hardswish"
-    if kinds & {"sigmoid", "expit"} or (
-        kinds == {"exp"} and by_exp and {"neg", "add"} <= {_name(each) for each in closed}
-    ):
-        scaled = [each for each in closed if _name(each) in _PRODUCT and any(_near(a, 1.702) for a in each.args)]
-        return "quick_gelu" if scaled else "silu"
-    return "self_gated"
-
-
-def _near(value: Any, number: float) -> bool:
-    return isinstance(value, int | float) and abs(value - number) < 1e-3
+    if not isinstance(other, int | float) or other == 0 or user.kwargs:
+        return node
+    divided = _name(user) in _QUOTIENT and user.args[0] is node and abs(scale / other - 1) < 1e-3
+    times = _name(user) in _PRODUCT and abs(scale * other - 1) < 1e-3
+    return user if divided or times else node
 
 
 def by_node(formulas: list[Formula]) -> tuple[Mapping[fx.Node, Formula], frozenset[fx.Node]]:

@@ -17,6 +17,7 @@ import fxpath
 from fxpath.activations import RECTIFIERS as RECTIFYING
 from fxpath.activations import activations_of, choose_sites
 from fxpath.errors import SiteError
+from fxpath.patterns import formulas_of
 from fxpath.samples import Samples
 from fxpath.tracing import _export
 
@@ -41,6 +42,20 @@ RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {
     "half of x + |x|": lambda x: 0.5 * (x + x.abs()),
     "|x| + x, halved": lambda x: torch.div(torch.abs(x) + x, 2),
     "x + |x|": lambda x: torch.add(x, abs(x)),
+    "half of x (sign(x) + 1)": lambda x: x * (torch.sign(x) + 1) / 2,
+    "x times half of 1 + sign(x)": lambda x: 0.5 * x * (1 + x.sign()),
+    "times chosen 1 or 0": lambda x: x * torch.where(x > 0, 1.0, 0.0),
+    "times a whole-number mask": lambda x: x * (x > 0).int(),
+    "times 1 - mask": lambda x: x * (1 - (x <= 0).to(x.dtype)),
+    "times a copied mask": lambda x: x * torch.clone(input=(x > 0)),
+    "times heaviside of copies": lambda x: x * torch.heaviside(torch.clone(input=x).double(), x.new_zeros(())),
+    "where, by a detached x": lambda x: torch.where(x.detach() > 0, x, 0.0),
+    "twice x where": lambda x: torch.where(x > 0, 2 * x, 0.0),
+    "bounded where": lambda x: torch.where(x > 6, 6.0, torch.where(x > 0, x, 0.0)),
+    "bounded where, turned round": lambda x: torch.where(x < 0, 0.0, torch.where(x < 1, x, torch.ones_like(x))),
+    "bounded where of a clamp": lambda x: torch.where(
+        x > 0.5, torch.full_like(input=x, fill_value=0.5), x.clamp(min=0)
+    ),
     "clamp_min": lambda x: x.clamp_min(0),
     "hardtanh": lambda x: F.hardtanh(x, 0.0, 6.0),
     "relu6": F.relu6,
@@ -72,6 +87,24 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "tanhshrink": (lambda x: x - torch.tanh(x), "tanhshrink"),
     "tanhshrink by names": (lambda x: torch.sub(input=x, other=x.tanh()), "tanhshrink"),
     "tanhshrink turned round": (lambda x: torch.rsub(x.tanh(), x), "tanhshrink"),
+    "leaky relu by where": (lambda x: torch.where(x > 0, x, 0.1 * x), "leaky_relu"),
+    "leaky relu by a chosen factor": (lambda x: x * torch.where(x > 0, 1.0, 0.1), "leaky_relu"),
+    "leaky relu by a quotient": (lambda x: torch.maximum(x, x / 10), "leaky_relu"),
+    "elu by where": (lambda x: torch.where(x > 0, x, 0.5 * (torch.exp(x) - 1)), "elu"),
+    "softplus by where": (lambda x: torch.where(x > 20, x, torch.log1p(torch.exp(x))), "softplus"),
+    "sigmoid by where": (lambda x: torch.where(x < 0, x.exp() / (1 + x.exp()), 1 / (1 + torch.exp(-x))), "sigmoid"),
+    "quick gelu by exp": (lambda x: x / (1 + torch.exp(-1.702 * x)), "quick_gelu"),
+    "silu twice": (lambda x: x * (2 * torch.sigmoid(x)), "silu"),
+    "silu twice, halved": (lambda x: x * (2 * torch.sigmoid(x)) / 2, "silu"),
+    "gelu with rounded numbers": (
+        lambda x: 0.5 * x * (1 + torch.tanh(0.7979 * x * (1 + 0.0447 * x * x))),
+        "gelu",
+    ),
+    "mish by exp": (lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))), "mish"),
+    "hardswish without its sixth": (lambda x: x * F.relu6(x + 3), "hardswish"),
+    "gated by tanh": (lambda x: x * torch.tanh(x), "self_gated"),
+    "gated by a clamp": (lambda x: x * x.clamp(-1, 1), "self_gated"),
+    "gated by a falling sigmoid": (lambda x: x * torch.sigmoid(-x), "self_gated"),
     "gated by another sum": (lambda x: x * (1 / (2 + torch.exp(-x))), "self_gated"),
 }
 
@@ -182,6 +215,56 @@ def test_gates_of_modules_that_are_no_formulas() -> None:
         assert (site.name, site.op) == ("function.act", "sigmoid")
 
 
+GIVEN_WAY: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {  # formula, rectifier in it
+    "relu6": (lambda x: x * F.relu6(x), F.relu6),
+    "relu6 of another shift": (lambda x: x * F.relu6(x + 2) / 6, lambda x: F.relu6(x + 2)),
+    "clamp": (lambda x: x * x.clamp(min=0), F.relu),
+    "clip": (lambda x: x * torch.clip(x, 0, 1), lambda x: x.clip(0, 1)),
+    "hardtanh": (lambda x: x * F.hardtanh(x, 0.0, 1.0), lambda x: x.clip(0, 1)),
+    "where in a gate": (lambda x: x * torch.sigmoid(torch.where(x > 0, x, 0.0)), F.relu),
+    "where in pieces": (lambda x: torch.where(x < -1, x, torch.where(x > 0, x, 0.0)), F.relu),
+    "where that ends": (lambda x: torch.where(x > 1000, 0.0, torch.where(x > 0, x, 0.0)), F.relu),
+    "mask in a gate": (lambda x: x * torch.tanh(x * (x > 0)), F.relu),
+    "maximum in pieces": (lambda x: torch.where(x > 1, x * x, torch.maximum(x, torch.zeros_like(x))), F.relu),
+    "sum, then rounded": (lambda x: torch.div(x + x.abs(), 2, rounding_mode="floor"), lambda x: x + x.abs()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", GIVEN_WAY)
+def test_rectifiers_within_other_formulas(name: str, way: str) -> None:
+    """They are sites: what encloses them is no activation that is made of one."""
+    function, inner = GIVEN_WAY[name]
+    model, x = WAYS[way](function).double().eval(), torch.randn(3, 5, dtype=torch.float64)
+    network = fxpath.trace(model, x)
+    assert [site.op in RECTIFYING for site in network.sites] == [True]
+    with torch.no_grad():
+        h = model.one(x)
+        torch.testing.assert_close(network.activations(x)[0], inner(h + model.two(h)))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(0, 2)], ids=str)
+def test_modules_that_rectify_within_other_formulas(act: nn.Module) -> None:
+    for body in (lambda m, x: x * m.act(x + 0), lambda m, x: x * m.act(x + 1) / 6):
+        (site,) = fxpath.trace(Bound(OfModules(body, act)).eval(), torch.randn(3, 5)).sites
+        assert (site.name, site.op) == ("function.act", type(act).__name__.lower())
+
+
+def test_bounded_rectifiers_are_one() -> None:
+    """The whole, with its bound, and called by it."""
+    for bound, op in ((6.0, "relu6"), (0.5, "clamp")):
+
+        def bounded(x: Tensor, bound: float = bound) -> Tensor:
+            return torch.where(x > bound, bound, torch.where(x > 0, x, 0.0))
+
+        model, x = Bound(bounded).double().eval(), 9 * torch.randn(3, 5, dtype=torch.float64)
+        network = fxpath.trace(model, x)
+        assert [site.op for site in network.sites] == [op]
+        with torch.no_grad():
+            h = model.one(x)
+            torch.testing.assert_close(network.activations(x)[0], (h + model.two(h)).clamp(0, bound))
+
+
 def gated_by_another(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x.flip(1))
 
@@ -216,6 +299,23 @@ def several_multiples(x: Tensor) -> Tensor:
         (lambda x: x - 2 * torch.tanh(x), ["tanh"]),
         (lambda x: torch.sub(x, torch.tanh(x), alpha=2), ["tanh"]),
         (lambda x: torch.tanh(x) - x, ["tanh"]),
+        (lambda x: 1 / torch.exp(-(1 + x)), []),  # the operations of a sigmoid, in another order
+        (lambda x: 1 / (1 + (-torch.exp(x))), []),
+        (lambda x: torch.log(torch.exp(1 + x)), []),
+        (lambda x: x / (1 + x).abs(), []),
+        (lambda x: x / torch.exp(-(1 + x)), []),
+        (lambda x: torch.div(x, 1 + x.abs(), rounding_mode="floor"), []),
+        (lambda x: x * torch.heaviside(x.to(torch.int32).float(), x.new_zeros(())), []),  # 0 below 1
+        (lambda x: x * torch.heaviside(x.type("torch.IntTensor").float(), x.new_zeros(())), []),
+        (lambda x: x * torch.heaviside(x.to(torch.int32).float(), x.flip(1)), []),
+        (lambda x: x * torch.sign(x), []),
+        (lambda x: x * (x.int() > 0), []),
+        (lambda x: torch.maximum(x, -0.1 * x), []),
+        (lambda x: (x - x.abs()) / 2, []),  # min(x, 0)
+        (lambda x: torch.clone(input=x) / (x * x + 1), []),
+        (lambda x: F.relu6(x + 3) / 6, ["relu6"]),
+        (lambda x: torch.where(x > 0, x, -0.1 * x), ["piecewise"]),
+        (lambda x: x * torch.where(x < 0, 0.0, torch.where(x > 1e5, 0.0, 1.0)), ["piecewise"]),  # it ends far away
         (several_multiples, ["relu"]),  # the sum, which both multiples read
         (lambda x: torch.clamp(x, min=torch.zeros_like(x)), ["clamp"]),
         (lambda x: F.relu(x) * torch.sigmoid(F.relu(x)), ["relu", "relu", "sigmoid"]),  # two executions, two sites
@@ -228,7 +328,65 @@ def test_what_is_no_rectifier(function: Callable[[Tensor], Tensor], ops: list[st
         node.meta["fxpath_name"] = node.name
     found = activations_of(module)
     assert [activation.op for activation in found] == ops
-    assert all(activation.rectifier == (activation.op in ("relu", "clamp")) for activation in found)
+    assert all(activation.rectifier == (activation.op in ("relu", "relu6", "clamp")) for activation in found)
+
+
+class Parametric(nn.Module):
+    """Formulas of x and what the module has learned or holds: a number, or one per channel."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], values: Tensor) -> None:
+        super().__init__()
+        self.fc, self.head, self.function = nn.Linear(5, 6), nn.Linear(6, 3), function
+        self.learned = nn.Parameter(values.clone())
+        self.register_buffer("held", values.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self, self.fc(x)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("values", [torch.zeros(()), torch.zeros(6), torch.tensor(3.0)], ids=["0", "zeros", "3"])
+@pytest.mark.parametrize(
+    ("function", "op"),
+    [
+        (lambda m, x: x * torch.sigmoid(m.learned * x), "silu"),
+        (lambda m, x: torch.where(x > 0, x, m.learned * x), "piecewise"),  # 0 today, and no rectifier for that
+        (lambda m, x: torch.where(x > 0, x, m.held * x), "piecewise"),
+        (lambda m, x: torch.where(x > m.learned, x, 0.0), "piecewise"),
+        (lambda m, x: x * F.relu6(x + m.learned) / 6, "relu6"),  # a Hardswish were it 3 for good
+    ],
+)
+def test_formulas_of_learned_values(
+    function: Callable[[Any, Tensor], Tensor], op: str, values: Tensor, device: str
+) -> None:
+    """What they are does not depend on what has been learned."""
+    module = torch.fx.symbolic_trace(Parametric(function, values).to(device))
+    for node in module.graph.nodes:
+        node.meta["fxpath_name"] = node.name
+    assert [(found.op, found.rectifier) for found in activations_of(module)] == [(op, op == "relu6")]
+
+
+def test_a_held_number_takes_part_by_its_value() -> None:
+    def hardswish(m: Any, x: Tensor) -> Tensor:
+        return x * F.relu6(x + m.held) / 6
+
+    for device, op in (("cpu", "hardswish"), ("meta", "relu6")):
+        module = torch.fx.symbolic_trace(Parametric(hardswish, torch.tensor(3.0)).to(device))
+        for node in module.graph.nodes:
+            node.meta["fxpath_name"] = node.name
+        assert [found.op for found in activations_of(module)] == [op]
+
+
+def test_no_hooks_run_while_formulas_are_read() -> None:
+    calls: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: calls.append(module))
+    try:
+        graph = torch.fx.symbolic_trace(Bound(OfModules(lambda m, x: x * m.act(x), nn.Sigmoid()))).graph
+        calls.clear()
+        (formula,) = formulas_of(graph)
+    finally:
+        handle.remove()
+    assert (formula.op, calls) == ("silu", [])
 
 
 def test_a_buffer_that_is_zero_today_makes_no_rectifier() -> None:
