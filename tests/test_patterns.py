@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from networks import trace_any
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import fxpath
 from fxpath.activations import RECTIFIERS as RECTIFYING
@@ -375,6 +376,15 @@ def test_a_held_number_takes_part_by_its_value() -> None:
         for node in module.graph.nodes:
             node.meta["fxpath_name"] = node.name
         assert [found.op for found in activations_of(module)] == [op]
+
+
+def test_formulas_are_read_under_modes_of_the_callers() -> None:
+    graph = torch.fx.symbolic_trace(Bound(lambda x: x * (x > 0))).graph
+    lower = torch.autocast("cpu", dtype=torch.bfloat16)
+    modes = (torch.device("meta"), FakeTensorMode(), lower, torch.inference_mode())
+    for mode in modes:
+        with mode:
+            assert [(found.op, found.rectifier) for found in formulas_of(graph)] == [("relu", True)]
 
 
 def test_no_hooks_run_while_formulas_are_read() -> None:
