@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .activations import Activation
+from .equality import short
 from .errors import ModelError, SiteError
 from .gates import Gates
 from .neurons import NeuronIndex
@@ -64,6 +65,7 @@ class _Trial:
 
     def __init__(self, module: fx.GraphModule, bind: Callable[[Samples], list[Any]], folds: Mapping[int, int]) -> None:
         self.bind, self.folds = bind, folds
+        self.problem = ""  # why the last run failed that did
         gates = [node for node in module.graph.nodes if node.target is gate and node.args[2] in folds]
         last = set(gates) - ancestors(gates)  # what leads to these runs, and little is kept
         self.until = prefix(module, {str(node.args[2]): node for node in gates if node in last})
@@ -96,7 +98,15 @@ class _Trial:
 
     def _run(self, batch: Samples, see: Callable[[int, Tensor], None], run: Callable[..., Any]) -> bool:
         watch = lambda number, value: see(number, value) if number in self.folds else None  # noqa: E731
-        return bool(unless_it_fails(lambda: run(*self.bind(batch), Gates(NeuronIndex([]), watch=watch))))
+
+        def attempt() -> Any:
+            try:
+                return run(*self.bind(batch), Gates(NeuronIndex([]), watch=watch))
+            except Exception as error:
+                self.problem = short(error)
+                raise
+
+        return bool(unless_it_fails(attempt))
 
     def _alone(self, one: Samples) -> dict[int, Tensor] | None:
         own: dict[int, Tensor] = {}
@@ -127,8 +137,8 @@ class _Trial:
         able = self._run(together, compare, run)
         if not able and orders is None and 2 < len(runs) < _MANY and self._compared(runs[:2]) is not None:
             raise ModelError(
-                f"trace: the graph runs on one sample and on two, and not on {len(runs)}; take the number of samples "
-                "from the input (x.shape[0]) and let no line depend on which it is"
+                f"trace: the graph runs on one sample and on two, and not on {len(runs)}: {self.problem}; take the "
+                "number of samples from the input (x.shape[0]) and let no line depend on which it is"
             )
         return wrong if able or wrong else None
 
