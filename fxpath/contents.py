@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .digests import strided
+from .digests import bytes_of, strided
 
 
 def contents(value: Any) -> str:
@@ -101,5 +101,4 @@ def _bytes_of(tensor: Tensor) -> str:
         return ""
     with torch.no_grad():
         parts = strided(tensor.detach().resolve_conj().resolve_neg())
-        plain = [part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for part in parts]
-    return _digest(b"".join(plain))
+        return _digest(b"".join(map(bytes_of, parts)))

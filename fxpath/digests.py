@@ -21,10 +21,14 @@ def fingerprint(index: NeuronIndex, tensors: Mapping[str, Tensor]) -> str:
         if tensor.layout != torch.strided:
             digest.update(str(tensor.layout).encode())
         for part in strided(tensor.detach()):
-            plain = part.cpu().contiguous()
-            digest.update(f"{name}{tuple(plain.shape)}{plain.dtype}".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(f"{name}{tuple(part.shape)}{part.dtype}".encode())
+            digest.update(bytes_of(part))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The bytes of a dense tensor, row by row."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def strided(tensor: Tensor) -> list[Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def require_own_rows(
     with torch.inference_mode(False), torch.no_grad():
         wrong = trial.wrong(_unlike(example, 3 if thorough else 2), both=thorough)
         if thorough and not wrong and trial.chooses():
-            wrong = trial.wrong(_distinct(_random(example, seed) for seed in range(_MANY)), both=True)
+            wrong = trial.wrong(_distinct((_random(example, seed) for seed in range(_MANY)), _MANY), both=True)
     if wrong:
         raise SiteError(
             f"site {sites[min(wrong)].name}: expected the rows of a sample one after the other and in the "
@@ -195,19 +196,22 @@ def _unlike(example: Samples, count: int) -> list[Samples]:
     plain = example.map(lambda leaf: leaf.clone() if leaf.is_inference() else leaf.detach())
     rows = [plain.take([row]) for row in range(min(plain.batch, count))]
     reverse = (one.map(lambda leaf: leaf.flip(tuple(range(leaf.ndim)))) for one in rows)
-    found = _distinct([*rows, *reverse, *(_random(example, seed) for seed in range(count))])
-    return found[:count] if len(found) > 1 else [rows[0], rows[0]]
+    found = _distinct(chain(rows, reverse, (_random(example, seed) for seed in range(count))), count)
+    return found if len(found) > 1 else [rows[0], rows[0]]
 
 
 def _random(example: Samples, seed: int) -> Samples:
     return Samples(example.inputs).map(lambda leaf: random_like(leaf[:1], seed))
 
 
-def _distinct(samples: Any) -> list[Samples]:
+def _distinct(samples: Iterable[Samples], count: int) -> list[Samples]:
+    """The first `count` that differ; no more are made."""
     found: list[Samples] = []
     for one in samples:
         if not any(map(partial(_alike, one), found)):
             found.append(one)
+        if len(found) == count:
+            break
     return found
 
 
