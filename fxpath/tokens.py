@@ -52,8 +52,9 @@ def _named(samples: Samples, rows: Sequence[int]) -> str:
 def _require_real_place(network: Network, tokens: Tensor, samples: Samples) -> None:
     """Raise `SampleError` for samples of which the response reads a token that is padding."""
     place = getattr(network.response, "at", None)
-    if not isinstance(place, Token) or network.places != tokens.shape[1]:  # else they are others than the input's
-        return
+    length = tokens.shape[1]
+    if not isinstance(place, Token) or network.places != length or not -length <= place.position < length:
+        return  # other places than the input's, or none that there is
     bare = torch.nonzero(~tokens[:, place.position]).flatten().tolist()
     if bare:
         raise SampleError(

@@ -456,6 +456,13 @@ def test_places_of_an_output_that_are_not_the_inputs() -> None:
     assert fxpath.NeuronMCT().scores(network, inputs).signed.shape == (2, network.index.size)
 
 
+def test_a_place_that_no_output_has() -> None:
+    inputs = {"ids": torch.ones(2, 4, dtype=torch.int64), "mask": torch.ones(2, 4), "dec": torch.ones(2, 4).long()}
+    network = fxpath.trace(Translator().eval(), inputs, sites="relu", response=token(9), padding="mask", check=False)
+    with pytest.raises(InputError, match="token"):
+        fxpath.NeuronMCT().scores(network, inputs)
+
+
 def test_one_number_of_a_whole_batch_is_no_mixing() -> None:
     class Aux(Layers):
         def forward(self, x: Tensor) -> Any:
