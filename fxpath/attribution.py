@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,8 @@ from .responses import respond
 from .rewriting import GATES, cut, prefix
 from .samples import Samples, type_of_target
 from .tracing import NAME, plain_attention
+
+Reduction = Literal["max_abs", "signed_max", "signed_sum"]
 
 _GATHERS = {"embedding", "embedding_bag", "one_hot"}
 
@@ -37,23 +39,71 @@ def pathway_gradient(
         raise RestrictionError("pathway_gradient: the network is restricted already; leave the with block first")
     gates = network._gates_of(pathways)
     samples = network.samples(x, target).require_finite()
+    _require_batch("pathway_gradient", pathways, samples)
+    held = Restriction(gates, [None] * len(network.index), held=True)
+    if wrt is not None:
+        return _at_node(network, samples, held.checked(network.index, network.device), wrt)
+    return _at_inputs(network, samples, held, "pathway_gradient")
+
+
+def _require_batch(said: str, pathways: Pathways, samples: Samples) -> None:
     if 1 != pathways.batch != samples.batch:
         raise RestrictionError(
-            f"pathway_gradient: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
+            f"{said}: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
         )
-    held = Restriction(gates, [None] * len(network.index), held=True)
-    held = held.checked(network.index, network.device)
-    if wrt is not None:
-        return _at_node(network, samples, held, wrt)
+
+
+def _at_inputs(network: Network, samples: Samples, restriction: Restriction, said: str) -> Any:
+    """The gradients of a restricted network, like the inputs."""
     if not any(_has_gradient(tensor) for tensor in samples.tensors):
-        raise InputError(_no_gradient(network))
+        raise InputError(_no_gradient(network, said))
+    checked = restriction.checked(network.index, network.device)
     with torch.inference_mode(False), torch.enable_grad():
         given = samples.map(lambda leaf: leaf.detach().requires_grad_(_has_gradient(leaf)))
-        output = network._run(given, Gates(network.index, held))
+        output = network._run(given, Gates(network.index, checked))
         gradients = iter(_gradients(network, samples, output, [leaf for leaf in given.tensors if leaf.requires_grad]))
     return pytree.tree_map(
         lambda leaf: next(gradients) if isinstance(leaf, Tensor) and _has_gradient(leaf) else None, samples.inputs
     )
+
+
+def masked_gradient(network: Network, x: Any, pathways: Pathways, target: type_of_target = None) -> Any:
+    """∇ₓΦ(x; e ⊙ a), the gradient of the network that is masked to `pathways`: off-path activations are 0.
+
+    This is what the code that the paper's authors released computes, and not the quantity of Propositions 4 and 5,
+    which is `pathway_gradient`. Arguments, result and errors are that function's.
+    """
+    if network._restriction is not None:
+        raise RestrictionError("masked_gradient: the network is restricted already; leave the with block first")
+    gates = network._gates_of(pathways)
+    samples = network.samples(x, target).require_finite()
+    _require_batch("masked_gradient", pathways, samples)
+    with network.masked(pathways):  # the class explained is the one that the original network predicts
+        return _at_inputs(network, samples, Restriction(gates, [None] * len(network.index)), "masked_gradient")
+
+
+def pixel_scores(maps: Tensor, reduction: Reduction = "max_abs") -> Tensor:
+    """One number a pixel: `(B, C, H, W)` → `(B, H, W)` (any number of axes behind the channels).
+
+    "max_abs": the largest |·| of the channels (the paper's); "signed_max": that channel's signed value; "signed_sum".
+    """
+    if maps.ndim < 3:
+        raise InputError(f"pixel scores: expected maps (B, C, H, W), found {tuple(maps.shape)}")
+    if reduction == "max_abs":
+        return maps.abs().amax(dim=1)
+    if reduction == "signed_max":
+        return maps.gather(1, maps.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+    if reduction == "signed_sum":
+        return maps.sum(dim=1)
+    raise InputError(f"pixel scores: {unknown('reduction', reduction, get_args(Reduction))}")
+
+
+def opened(scores: Tensor, size: int = 3) -> Tensor:
+    """Grey-scale morphological opening of score maps `(B, H, W)` by a square of `size` pixels (the paper's `*`)."""
+    from scipy.ndimage import grey_opening
+
+    done = grey_opening(scores.detach().cpu().numpy(), size=(1, *[size] * (scores.ndim - 1)))
+    return torch.from_numpy(done).to(scores.device)
 
 
 def _has_gradient(tensor: Tensor) -> bool:
@@ -87,12 +137,12 @@ def _at_node(network: Network, samples: Samples, held: Restriction, name: str) -
             return _gradients(network, samples, output, [first])[0]
 
 
-def _no_gradient(network: Network) -> str:
+def _no_gradient(network: Network, said: str) -> str:
     """Whole numbers have no gradient; the embedding that reads them does."""
     embeddings = [str(node.meta[NAME]) for node in network._module.graph.nodes if _embeds(node)]
-    said = "pathway_gradient: expected floating-point inputs, found whole numbers alone, which have no gradient"
-    if not embeddings:
-        return f"{said}; take it for a node that gives numbers: wrt=…"
+    said = f"{said}: expected floating-point inputs, found whole numbers alone, which have no gradient"
+    if not embeddings or not said.startswith("pathway_gradient"):
+        return f"{said}; take the pathway gradient for a node that gives numbers: wrt=…"
     first, *others = embeddings
     more = f" (others: {', '.join(others[:3])})" if others else ""
     return f"{said}; take it for the vectors of their embedding: wrt={first!r}{more}"
