@@ -74,6 +74,13 @@ class Curve:
             return None
         return "relu6" if abs(end - 6) < 1e-6 else "clamp", slope
 
+    def kinks(self) -> tuple[float, ...]:
+        """Where a rectifier, or one that leaks, bends: at 0, and where it ends if it does."""
+        found = self.rectifier()
+        if found is None or found[0] == "relu":
+            return (0.0,)
+        return (0.0, float(self.values.max()) / found[1])
+
     def activation(self) -> tuple[str, float] | None:
         """The smooth activation that the values are a positive multiple of, and the factor."""
         x, y = (each[: len(_BASE)] for each in (self.points, self.values))

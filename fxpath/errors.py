@@ -53,6 +53,10 @@ class RestrictionError(FxpathError):
     """A network is restricted in a way that has no meaning: nested, wrong index, wrong batch."""
 
 
+class LinearityError(FxpathError):
+    """Local linearity is asked of a network that is not piecewise linear, or that cannot be differentiated forward."""
+
+
 class SparsityError(FxpathError, KeyError):
     """A sparsity is outside [0, 1), or a selection does not hold it."""
 

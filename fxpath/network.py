@@ -124,12 +124,14 @@ class Network:
         self._parts: dict[tuple[Any, ...], Parts] = {}
         self._narrowed: dict[int, tuple[fx.GraphModule, fx.Node] | None] = {}
         self._formats: dict[tuple[Any, ...], bool] = {}
+        self._probes: dict[tuple[Any, ...], Any] = {}  # of local linearity
         running = [*self._called, *map(self._module.get_submodule, called & traced.originals.keys())]
         with keeping_branches(), undisturbed(running, example):  # one sample alone may take another branch
             found = measured(self._module, traced.bind, example, chosen, granularity, permuted=bool(traced.checked))
         self.index = found.index
         read = read_part(response, traced.unbind(found.output))
-        self.edges = tuple(site_edges(self._module, None if read is None else found.nodes.get(read)))
+        self._read = None if read is None else found.nodes.get(read)  # what the response reads, where one node gives it
+        self.edges = tuple(site_edges(self._module, self._read))
         self.places = None if read is None or read.ndim < 3 else int(read.shape[1])  # where responses find classes
         parents = {target for source, target in self.edges if source >= 0}
         self._entries = frozenset(range(len(self.index))) - parents

@@ -58,12 +58,17 @@ def _name(node: fx.Node) -> str | None:
 
 @dataclass(frozen=True)
 class Formula:
-    """A written-out activation: its last node, its operation, whether it is a rectifier, and the nodes within it."""
+    """A written-out activation: its last node, its operation, whether it is a rectifier, and the nodes within it.
+
+    It is one of `x`; `kinks` are the x between which it is linear, () where it is curved or that is not known.
+    """
 
     node: fx.Node
     op: str
     rectifier: bool
     within: frozenset[fx.Node]
+    x: fx.Node
+    kinks: tuple[float, ...] = ()
 
 
 def formulas_of(graph: fx.Graph) -> list[Formula]:
@@ -195,7 +200,8 @@ def _rectifier(node: fx.Node, name: str | None) -> Formula | None:
     if drawn is not None and drawn.rectifier() is None:
         return None
     alone = closed is not None and _private(node, closed)
-    return Formula(node, "relu", True, frozenset(closed - {node}) if closed is not None and alone else frozenset())
+    within = frozenset(closed - {node}) if closed is not None and alone else frozenset[fx.Node]()
+    return Formula(node, "relu", True, within, x, (0.0,) if drawn is None else drawn.kinks())
 
 
 def _positive(value: Any) -> bool:
@@ -320,7 +326,8 @@ def _read(node: fx.Node, name: str, x: fx.Node, within: set[str], closed: set[fx
         return None
     op, scale = found
     last = _scaled(node, scale) if product else node
-    return Formula(last, op, rectifier, frozenset((closed | {node}) - {last}))
+    kinks = drawn.kinks() if drawn is not None and (rectifier or op == "leaky_relu") else ()
+    return Formula(last, op, rectifier, frozenset((closed | {node}) - {last}), x, kinks)
 
 
 def _led(x: fx.Node, closed: set[fx.Node]) -> set[fx.Node]:

@@ -130,6 +130,16 @@ def _reads_once(node: fx.Node) -> bool:
     return len(found) == len(set(found))
 
 
+def growth_of(node: fx.Node, known: dict[fx.Node, Growth]) -> Growth:
+    """How a node that computes something depends on α, given how all that it reads does."""
+    called = called_module(node)
+    if called is None:
+        return _of_function(node, known)
+    if any(known[source] is Growth.OTHER for source in node.all_input_nodes):
+        return Growth.OTHER
+    return _of_module(node, called, known)
+
+
 def growths(module: fx.GraphModule, site: fx.Node, *, gated: bool) -> dict[fx.Node, Growth]:
     """How each node of a gated graph depends on α when the gate node `site` gives α·a.
 
@@ -141,17 +151,12 @@ def growths(module: fx.GraphModule, site: fx.Node, *, gated: bool) -> dict[fx.No
     for node in module.graph.nodes:
         if node not in within:
             continue
-        called = called_module(node)
         if node.op == "output" or not carries_data(node):
             known[node] = Growth.OTHER
         elif node.target is gate:
             known[node] = Growth.OTHER if gated else known[node.args[0]]
-        elif called is not None:
-            known[node] = _of_module(node, called, known)
-            if any(known[source] is Growth.OTHER for source in node.all_input_nodes):
-                known[node] = Growth.OTHER
         else:
-            known[node] = _of_function(node, known)
+            known[node] = growth_of(node, known)
     return known
 
 
