@@ -122,6 +122,8 @@ def _at_x(network: Network, x: Any, pathways: Pathways | None, target: type_of_t
     if network._restriction is not None:
         raise RestrictionError("local linearity: the network is restricted already; leave the with block first")
     samples = network.samples(x, target).require_finite()
+    if pathways is not None:
+        network._gates_of(pathways)
     if pathways is not None and 1 != pathways.batch != samples.batch:
         raise RestrictionError(
             f"local linearity: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
@@ -140,11 +142,11 @@ def _value_and_gradient(network: Network, samples: Samples) -> tuple[Tensor, Ten
             torch.autograd.grad(value.sum(), leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
         )
     slopes = [torch.zeros_like(leaf) if slope is None else slope for slope, leaf in zip(found, leaves, strict=True)]
-    return value.detach(), torch.cat([slope.detach().flatten(1) for slope in slopes], dim=1)
+    return value.detach(), torch.cat([slope.detach().reshape(samples.batch, -1) for slope in slopes], dim=1)
 
 
 def _flat(samples: Samples) -> Tensor:
-    return torch.cat([leaf.flatten(1) for leaf in samples.tensors if leaf.is_floating_point()], dim=1)
+    return torch.cat([leaf.reshape(samples.batch, -1) for leaf in samples.tensors if leaf.is_floating_point()], dim=1)
 
 
 def _moved(start: Samples, ray: Samples, length: Tensor) -> tuple[Samples, Tensor]:

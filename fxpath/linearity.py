@@ -92,7 +92,10 @@ def linear_radius(
         all(each.exact for each in found),
         torch.stack([each.tied for each in found]),
         tuple(each.nearest[0] for each in found),
-        pytree.tree_map(lambda *rows: torch.cat(rows), *(each.towards for each in found)),
+        pytree.tree_map(
+            lambda first, *more: torch.cat([first, *more]) if isinstance(first, Tensor) else None,
+            *(each.towards for each in found),
+        ),
     )
 
 
@@ -215,7 +218,7 @@ def _like(samples: Samples, direction: Any) -> Samples:
 
 def _unit(along: Samples) -> Samples:
     """Each sample's direction divided by its ‖·‖₂."""
-    floats = [leaf.flatten(1) for leaf in along.tensors if leaf.is_floating_point()]
+    floats = [leaf.reshape(along.batch, -1) for leaf in along.tensors if leaf.is_floating_point()]
     length = torch.cat(floats, dim=1).norm(dim=1)
     if bool((length == 0).any()):
         row = int(torch.nonzero(length == 0)[0, 0])
@@ -232,7 +235,7 @@ def _terms(probe: Probe, values: Sequence[Tensor], restriction: Restriction) -> 
         if isinstance(part, Hinge) and part.site is not None:
             site, gates = probe.index.sites[part.site], restriction.scale[part.site]
             assert gates is not None
-            kept = gates.expand(len(gates), *site.shape).flatten(1)
+            kept = gates.expand(len(gates), *site.shape).reshape(len(gates), -1)
         for terms in probe.terms(place, values[place], kept):
             yield place, terms
 

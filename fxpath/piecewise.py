@@ -14,6 +14,7 @@ from .class_responses import Logit, Margin, Probability
 from .curves import CASTS, floating
 from .errors import LinearityError, unknown
 from .hidden import Neuron
+from .inplace import copied
 from .nodes import altered, argument, called_module, carries_data, operation, plain_name
 from .outputs import mapped
 from .patterns import by_node, formulas_of
@@ -34,10 +35,13 @@ _AFFINE = {  # that neither trials nor integrals need to know of
     "index_select", "_native_batch_norm_legit_no_training", "native_batch_norm", "tensor_split", "hstack", "vstack",
     "dstack", "diagonal", "rot90",
 }  # fmt: skip
-_PADS = (
+_JOINED = {"slice_scatter", "select_scatter", "diagonal_scatter", "copy"}  # affine in both of what they read
+_AFFINE_MODULES = (
     nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d,
-    nn.ReplicationPad2d, nn.CircularPad1d, nn.CircularPad2d, nn.Unfold, nn.Fold,
+    nn.ReplicationPad2d, nn.CircularPad1d, nn.CircularPad2d, nn.Unfold, nn.Fold, nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
 )  # fmt: skip
+_BENT = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold, nn.Hardsigmoid, nn.Softshrink)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,25 +97,24 @@ def bends(network: Network, affine: Sequence[str] = ()) -> Bends:
             known[node] = Growth.CONSTANT if node.target == GATES else Growth.AFFINE
         elif node.target is gate:
             known[node] = known[node.args[0]]
-        elif not carries_data(node) or all(growth is Growth.CONSTANT for growth in sources):
+        elif (
+            not carries_data(node) or plain_name(node) == "fill" or all(growth is Growth.CONSTANT for growth in sources)
+        ):
             known[node] = Growth.CONSTANT
         elif str(node.meta[NAME]) in given:
             known[node] = Growth.AFFINE
         else:
             formula = formulas.get(node)
-            source = formula.x if formula is not None and formula.kinks else argument(node, 0, "input", "self")
-            kinks = formula.kinks if formula is not None else _kinks(node)
+            source = argument(node, 0, "input", "self") if formula is None else formula.x
+            kinks = _kinks(node) if formula is None else formula.kinks
+            found = maximum(node) if formula is None else None
             if kinks and isinstance(source, fx.Node):
                 hinges.append(Hinge(node, source, kinks, sites.get(node)))
-                known[node] = Growth.AFFINE
-            elif (found := maximum(node)) is not None:
+            elif found is not None:
                 maxima.append(found)
-                known[node] = Growth.AFFINE
-            else:
-                known[node] = _grown(node, known)
-                if known[node] is Growth.OTHER and node not in within:
-                    uncovered.append(f"{node.meta[NAME]} ({_called(node)})")
-                    known[node] = Growth.AFFINE  # what follows is not to blame
+            elif node not in within and (formula is not None or _grown(node, known) is Growth.OTHER):
+                uncovered.append(f"{node.meta[NAME]} ({_called(node) if formula is None else formula.op})")
+            known[node] = Growth.AFFINE  # where it is not, what follows is not to blame
     if (why := _response(network)) is not None:
         uncovered.append(why)
     return Bends(tuple(hinges), tuple(maxima), tuple(uncovered))
@@ -144,15 +147,16 @@ def _kinks(node: fx.Node) -> tuple[float, ...]:
 
 
 def _kinks_of_module(module: nn.Module) -> tuple[float, ...]:
+    """A subclass may compute anything, unless it is by the forward of torch's own."""
+    if not any(type(module).forward is kind.forward for kind in _BENT if isinstance(module, kind)):
+        return ()
     if isinstance(module, nn.Hardtanh):  # ReLU6 is one
         return (float(module.min_val), float(module.max_val))
     if isinstance(module, nn.Threshold):
         return (float(module.threshold),) if module.threshold == module.value else ()
-    if isinstance(module, nn.ReLU | nn.LeakyReLU | nn.PReLU | nn.RReLU):
-        return (0.0,)
     if isinstance(module, nn.Hardsigmoid):
         return (-3.0, 3.0)
-    return _both(module.lambd) if isinstance(module, nn.Softshrink) else ()
+    return _both(module.lambd) if isinstance(module, nn.Softshrink) else (0.0,)
 
 
 def _or(value: Any, default: float) -> Any:
@@ -172,13 +176,19 @@ def _grown(node: fx.Node, known: dict[fx.Node, Growth]) -> Growth:
     """Whether a node is affine in what varies."""
     module = called_module(node)
     if module is not None:
-        plain = type(module) in _PADS and not altered(module)
+        plain = type(module) in _AFFINE_MODULES and not altered(module)
     else:
         name = plain_name(node)
         varying = [source for source in node.all_input_nodes if known[source] is not Growth.CONSTANT]
         plain = name in _AFFINE and varying == [argument(node, 0, "input", "self")]
+        if name in _JOINED or node.target is copied:
+            plain = True
+        if name in ("alpha_dropout", "feature_alpha_dropout"):
+            plain = argument(node, 2, "training", "train") is False
         if name in CASTS:
             plain = name != "detach" and floating(node)
+        if node.target is getattr:  # the values of a maximum along an axis, not where they are
+            plain = bool(node.args[1] == "values")
         if name == "getitem":
             plain = all(known[source] is Growth.CONSTANT for source in node.all_input_nodes[1:])
         if name in ("_native_batch_norm_legit_no_training", "native_batch_norm"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -114,7 +116,7 @@ class Probe:
 
     def slopes(self, samples: Samples, restriction: Restriction, along: Samples) -> tuple[list[Tensor], list[Tensor]]:
         """What each part reads and its derivative along a direction, by one Jacobian–vector product."""
-        with torch.inference_mode(False), torch.no_grad(), forward_ad.dual_level():
+        with torch.inference_mode(False), torch.no_grad(), _dual_level():
             steps = iter(along.tensors)
             given = samples.map(lambda leaf: _dual(leaf, next(steps)))
             try:
@@ -192,6 +194,15 @@ class Probe:
                     )
 
 
+@contextmanager
+def _dual_level() -> Iterator[None]:
+    """Where tensors carry derivatives; torch's first one warns of torch's own deprecated code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
+        with forward_ad.dual_level():
+            yield
+
+
 class _Watching(fx.Interpreter):
     """Remembers at which node a run is."""
 
@@ -218,7 +229,7 @@ def _rows_of(flat: Tensor, leaves: Sequence[Tensor], first: Tensor, second: Tens
         seed[own, second] -= 1
     found = torch.autograd.grad(flat, leaves, seed, retain_graph=True, allow_unused=True) if flat.requires_grad else ()
     slopes = [torch.zeros_like(leaf) if slope is None else slope for slope, leaf in zip_longest(found, leaves)]
-    return torch.cat([slope.flatten(1)[: len(first)] for slope in slopes], dim=1)
+    return torch.cat([slope.reshape(len(slope), -1)[: len(first)] for slope in slopes], dim=1)
 
 
 def _unfolded(windows: Tensor, sizes: Sequence[int], fold: int) -> Tensor:
