@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from .errors import InputError, RestrictionError
 from .gates import Restriction
+from .memory import kept_memory
 from .network import Network
 from .pathways import Pathways
 from .piecewise import Bends, Hinge, bends, require_affine
@@ -25,6 +28,7 @@ from .selectors.baselines import generator_of
 _EXACT = 20_000  # terms of a sample up to which each gets its own gradient, unless asked otherwise
 _AT_ONCE = 2**25  # numbers of all sites in one run of several samples, or copies of one
 _COPIES = 256
+_AT_A_TIME = 8  # directions of one sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +85,12 @@ def linear_radius(
     _checked("directions", directions)
     _checked("candidates", candidates)
     probe, samples = _prepared("linear_radius", network, x, pathways, affine)
-    found = [
-        _of_sample(probe, one, restriction, exact, (directions, candidates, seed))
-        for one, restriction in tqdm(
-            _singly(network, samples, pathways), total=samples.batch, desc="ε̂", unit="sample", disable=not progress
-        )
-    ]
+    singly = _singly(network, samples, pathways)
+    with kept_memory() if samples.device.type == "cpu" else nullcontext():
+        found = [
+            _of_sample(probe, one, restriction, exact, (directions, candidates, seed))
+            for one, restriction in tqdm(singly, total=samples.batch, desc="ε̂", unit="sample", disable=not progress)
+        ]
     return Radius(
         torch.stack([each.value for each in found]),
         all(each.exact for each in found),
@@ -117,11 +121,13 @@ def ray_radius(
     """
     probe, samples = _prepared("ray_radius", network, x, pathways, affine)
     many = isinstance(directions, int) and not isinstance(directions, bool)
-    rays = random_directions(samples, directions, seed) if many else [_like(samples, directions)]
-    found = [
-        torch.cat([_first(probe, *each) for each in _in_batches(network, samples, pathways, ray)])
-        for ray in tqdm(rays, desc="rays", unit="ray", disable=not progress)
-    ]
+    rays = random_directions(samples, directions, seed) if many else iter([_like(samples, directions)])
+    found: list[Tensor] = []
+    with tqdm(total=directions if many else 1, desc="rays", unit="ray", disable=not progress) as bar:
+        while some := list(islice(rays, _AT_A_TIME)):
+            parts = [_first(probe, *each) for each in _in_batches(network, samples, pathways, some)]
+            found += torch.cat(parts, dim=1)
+            bar.update(len(some))
     return torch.stack(found) if many else found[0]
 
 
@@ -132,11 +138,11 @@ def tied_windows(network: Network, x: Any, pathways: Pathways, *, seed: int = 0,
     `linear_radius` does.
     """
     probe, samples = _prepared("tied_windows", network, x, pathways, affine)
-    (ray,) = random_directions(samples, 1, seed)
+    rays = list(random_directions(samples, 1, seed))
     found = []
-    for some, restriction, along in _in_batches(network, samples, pathways, ray):
+    for some, restriction, along in _in_batches(network, samples, pathways, rays):
         values, slopes = probe.slopes(some, restriction, along)
-        found.append(_ties(probe, values, slopes))
+        found.append(_ties(probe, values, slopes[0]))
     return torch.cat(found)
 
 
@@ -197,13 +203,13 @@ def _singly(network: Network, samples: Samples, pathways: Pathways) -> Iterator[
 
 
 def _in_batches(
-    network: Network, samples: Samples, pathways: Pathways, along: Samples
-) -> Iterator[tuple[Samples, Restriction, Samples]]:
-    """As many samples at a time as fit."""
-    size = max(1, _AT_ONCE // max(network.index.units, 1))
+    network: Network, samples: Samples, pathways: Pathways, along: Sequence[Samples]
+) -> Iterator[tuple[Samples, Restriction, list[Samples]]]:
+    """As many samples at a time as fit, with their directions."""
+    size = max(1, _AT_ONCE // max(network.index.units * len(along), 1))
     for start in range(0, samples.batch, size):
         rows = range(start, min(start + size, samples.batch))
-        yield samples.take(rows), held(network, _rows(pathways, rows)), along.take(rows)
+        yield samples.take(rows), held(network, _rows(pathways, rows)), [each.take(rows) for each in along]
 
 
 def _like(samples: Samples, direction: Any) -> Samples:
@@ -240,14 +246,15 @@ def _terms(probe: Probe, values: Sequence[Tensor], restriction: Restriction) -> 
             yield place, terms
 
 
-def _first(probe: Probe, samples: Samples, restriction: Restriction, along: Samples) -> Tensor:
-    """The least distance over slope of all terms that come closer, `(B,)`."""
+def _first(probe: Probe, samples: Samples, restriction: Restriction, along: Sequence[Samples]) -> Tensor:
+    """The least distance over slope of all terms that come closer, `(directions, B)`."""
     values, slopes = probe.slopes(samples, restriction, along)
-    least = values[0].new_full((samples.batch,), math.inf)
+    least = values[0].new_full((len(along), samples.batch), math.inf)
     for place, terms in _terms(probe, values, restriction):
-        closing = terms.closing(slopes[place])
-        far = torch.where(closing > 0, terms.distance / closing, math.inf)
-        least = torch.minimum(least, far.amin(dim=1))
+        for number, own in enumerate(slopes):
+            closing = terms.closing(own[place])
+            far = torch.where(closing > 0, terms.distance / closing, math.inf)
+            least[number] = torch.minimum(least[number], far.amin(dim=1))
     return least
 
 
@@ -279,8 +286,8 @@ class _Chosen:
 def _of_sample(
     probe: Probe, sample: Samples, restriction: Restriction, exact: bool | None, drawn: tuple[int, int, int]
 ) -> Radius:
-    values, slopes = probe.slopes(sample, restriction, next(random_directions(sample, 1, drawn[2])))
-    tied = _ties(probe, values, slopes)[0]
+    values, slopes = probe.slopes(sample, restriction, list(random_directions(sample, 1, drawn[2])))
+    tied = _ties(probe, values, slopes[0])[0]
     every = list(_terms(probe, values, restriction))
     if exact is None:
         exact = sum(int(terms.distance.isfinite().sum()) for _, terms in every) <= _EXACT
@@ -308,10 +315,12 @@ def _nearest(
     """The terms that are nearest by estimated norms: ‖∇z‖² is the mean of (∇z·v)² over Gaussian v."""
     directions, candidates, seed = drawn
     squares = [torch.zeros_like(terms.distance[0]) for _, terms in every]
-    for ray in random_directions(sample, directions, seed):
-        _, slopes = probe.slopes(sample, restriction, ray)
-        for square, (place, terms) in zip(squares, every, strict=True):
-            square.addcmul_(*[terms.closing(slopes[place])[0]] * 2)
+    rays = random_directions(sample, directions, seed)
+    at_once = max(1, min(_AT_A_TIME, _AT_ONCE // max(probe.index.units, 1)))
+    while some := list(islice(rays, at_once)):
+        for slopes in probe.slopes(sample, restriction, some)[1]:
+            for square, (place, terms) in zip(squares, every, strict=True):
+                terms.add_squares(slopes[place], square)
     size = math.sqrt(sum(leaf[0].numel() for leaf in sample.tensors if leaf.is_floating_point()))
     shares = [
         torch.where(square > 0, terms.distance[0] / (square / directions).sqrt(), math.inf) / size

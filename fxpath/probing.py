@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd import forward_ad
 
 from .errors import LinearityError
 from .gates import Gates, Restriction
@@ -55,6 +54,14 @@ class Terms:
         found = one - two
         noise = _ROUNDING * torch.finfo(found.dtype).eps * (one.abs() + two.abs())
         return found.masked_fill_(found.abs() <= noise, 0.0)
+
+    def add_squares(self, slopes: Tensor, to: Tensor) -> None:
+        """Add to `(T,)` the squares of how fast the bends of the one sample come closer or recede."""
+        if self.side is not None:
+            to.addcmul_(slopes[0], slopes[0])
+        else:
+            apart = (self._at(slopes, self.first) - self._at(slopes, self.second))[0]
+            to.addcmul_(apart, apart)
 
     def places(self, row: int, terms: Tensor) -> tuple[Tensor, Tensor | None]:
         """Flat places of some terms of a sample: what is read there, minus what is read at the second."""
@@ -114,35 +121,53 @@ class Probe:
         windows = part.candidates([(1, *shape) for shape in shapes])
         self._candidates[place] = shapes, _unfolded(windows, [math.prod(shape) for shape in shapes], folds.pop())
 
-    def slopes(self, samples: Samples, restriction: Restriction, along: Samples) -> tuple[list[Tensor], list[Tensor]]:
-        """What each part reads and its derivative along a direction, by one Jacobian–vector product."""
-        with torch.inference_mode(False), torch.no_grad(), _dual_level():
-            steps = iter(along.tensors)
-            given = samples.map(lambda leaf: _dual(leaf, next(steps)))
+    def slopes(
+        self, samples: Samples, restriction: Restriction, along: Sequence[Samples]
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """What each part reads, and its derivatives along each direction: Jacobian–vector products, several at once."""
+        leaves = tuple(leaf.detach() for leaf in samples.tensors if leaf.is_floating_point())
+        steps = [[leaf for leaf in each.tensors if leaf.is_floating_point()] for each in along]
+
+        def run(*given: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.run(_replaced(samples, given), restriction))
+
+        def product(*step: Tensor) -> Any:
+            return torch.func.jvp(run, leaves, step)
+
+        with torch.inference_mode(False), torch.no_grad(), _quietly():
+            if len(along) > 1:
+                try:
+                    many = torch.func.vmap(product, out_dims=(None, 0))  # type: ignore[arg-type]
+                    values, found = many(*map(torch.stack, zip(*steps, strict=True)))
+                    return list(values), [[each[number] for each in found] for number in range(len(along))]
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, NotImplementedError):
+                    pass  # what cannot be computed at once may be one by one
             try:
-                flat = self.run(given, restriction)
+                products = [product(*step) for step in steps]
             except (RuntimeError, NotImplementedError) as error:
-                if "forward" not in str(error).lower() and "jvp" not in str(error).lower():
+                if not any(word in str(error).lower() for word in ("forward", "jvp", "functorch")):
                     raise
                 raise LinearityError(
-                    f"local linearity: {self._failing(given, restriction)} cannot be differentiated in forward mode: "
-                    f"{str(error).splitlines()[0][:200]} Write it with operations that can, or give its autograd "
+                    f"local linearity: {self._failing(samples, restriction, leaves)} cannot be differentiated in "
+                    f"forward mode: {str(error).splitlines()[0][:200]} Write it with operations that can, or give its autograd "
                     "function a jvp"
                 ) from error
-            duals = [forward_ad.unpack_dual(value) for value in flat]  # type: ignore[no-untyped-call]
-            return (
-                [dual.primal for dual in duals],
-                [torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent for dual in duals],
-            )
+        return list(products[0][0]), [list(found) for _, found in products]
 
-    def _failing(self, given: Samples, restriction: Restriction) -> str:
+    def _failing(self, samples: Samples, restriction: Restriction, leaves: tuple[Tensor, ...]) -> str:
         """The node at which the graph fails."""
         watching = _Watching(self.graph)
         gates = Gates(self.index, restriction)
-        gates.batch = given.batch
+        gates.batch = samples.batch
+
+        def run(*given: Tensor) -> Any:
+            return watching.run(*self.bind(_replaced(samples, given)), gates)
+
         try:
             with plain_attention():
-                watching.run(*self.bind(given), gates)
+                torch.func.jvp(run, leaves, leaves)
         except Exception:  # it is known to fail; where is what is asked
             return f"node {watching.at}"
         return "a node"
@@ -195,12 +220,18 @@ class Probe:
 
 
 @contextmanager
-def _dual_level() -> Iterator[None]:
-    """Where tensors carry derivatives; torch's first one warns of torch's own deprecated code."""
+def _quietly() -> Iterator[None]:
+    """Without torch's warnings of its own deprecated code, and of what it cannot compute for several at once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
-        with forward_ad.dual_level():
-            yield
+        warnings.filterwarnings("ignore", message=".*performance drop.*", category=UserWarning)
+        yield
+
+
+def _replaced(samples: Samples, given: Sequence[Tensor]) -> Samples:
+    """Samples with other floating-point tensors."""
+    own = iter(given)
+    return samples.map(lambda leaf: next(own) if leaf.is_floating_point() else leaf)
 
 
 class _Watching(fx.Interpreter):
@@ -211,13 +242,6 @@ class _Watching(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.at = str(n.meta.get(NAME, n.name))
         return super().run_node(n)
-
-
-def _dual(leaf: Tensor, along: Tensor) -> Tensor:
-    if not leaf.is_floating_point():
-        return leaf
-    made: Tensor = forward_ad.make_dual(leaf.detach(), along)  # type: ignore[no-untyped-call]
-    return made
 
 
 def _rows_of(flat: Tensor, leaves: Sequence[Tensor], first: Tensor, second: Tensor | None) -> Tensor:
