@@ -69,7 +69,7 @@ def verify_linearity(
                 deviation = found - value - along
                 rows += _table(samples, {
                     "direction": number, "share": share, "length": share * scale, "inside": share * scale < reach,
-                    "deviation": deviation, "relative": deviation.abs() / (1 + value.abs() + along.abs()),
+                    "deviation": deviation, "relative": _relative(found - value, value, along),
                     "gradient_change": (slope - gradient).norm(dim=1) / gradient.norm(dim=1),
                 })  # fmt: skip
     return pd.DataFrame(rows)
@@ -89,32 +89,42 @@ def gradient_stability(
     """How the gradient changes near x: ‖∇Φ̂(x + δ) − ∇Φ̂(x)‖ / ‖∇Φ̂(x)‖ over random δ of given lengths ‖δ‖₂.
 
     Without pathways it is measured of the original network's Φ. A row for each sample (its id) and number of a length:
-    `length`, and the `mean` and `maximum` over directions, NaN where the gradient at x is 0. Lengths are numbers, or
-    `(B,)` for one a sample. The same seed takes the same δ for every pathway. For any network, covered or not.
+    `length`, the `mean` and `maximum` over directions, NaN where the gradient at x is 0, and the mean `deviation` of Φ̂
+    from linear, |Φ̂(x + δ) − Φ(x) − g·δ| / (1 + |Φ| + |g·δ|). Lengths are numbers, or `(B,)` for one a sample. The same
+    seed takes the same δ for every pathway. For any network, covered or not.
     """
     import pandas as pd
 
     samples, start = _at_x(network, x, pathways, target)
     steps = [_fitting(length, samples) for length in lengths]
     changes: list[list[Tensor]] = [[] for _ in steps]
+    deviations: list[list[Tensor]] = [[] for _ in steps]
     frozen = nullcontext() if pathways is None else network.frozen(pathways, at=samples)
     with frozen:
-        _, gradient = _value_and_gradient(network, start)
+        value, gradient = _value_and_gradient(network, start)
         rays = tqdm(
             random_directions(samples, directions, seed), total=directions, desc="stability", unit="ray",
             disable=not progress,
         )  # fmt: skip
         for ray in rays:
-            for step, found in zip(steps, changes, strict=True):
-                _, slope = _value_and_gradient(network, _moved(start, ray, step)[0])
-                found.append((slope - gradient).norm(dim=1) / gradient.norm(dim=1))
+            for number, step in enumerate(steps):
+                moved, along = _moved(start, ray, step)
+                found, slope = _value_and_gradient(network, moved)
+                changes[number].append((slope - gradient).norm(dim=1) / gradient.norm(dim=1))
+                deviations[number].append(_relative(found - value, value, (gradient * along).sum(dim=1)))
     rows = []
-    for number, (step, found) in enumerate(zip(steps, changes, strict=True)):
-        each = torch.stack(found)
-        rows += _table(
-            samples, {"number": number, "length": step, "mean": each.mean(dim=0), "maximum": each.amax(dim=0)}
-        )
+    for number, step in enumerate(steps):
+        change, deviation = torch.stack(changes[number]), torch.stack(deviations[number])
+        rows += _table(samples, {
+            "number": number, "length": step, "mean": change.mean(dim=0), "maximum": change.amax(dim=0),
+            "deviation": deviation.mean(dim=0),
+        })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _relative(risen: Tensor, value: Tensor, along: Tensor) -> Tensor:
+    """|Φ̂(x + δ) − Φ(x) − g·δ| over 1 + |Φ| + |g·δ|."""
+    return (risen - along).abs() / (1 + value.abs() + along.abs())
 
 
 def _at_x(network: Network, x: Any, pathways: Pathways | None, target: type_of_target) -> tuple[Samples, Samples]:

@@ -151,8 +151,8 @@ class Probe:
                     raise
                 raise LinearityError(
                     f"local linearity: {self._failing(samples, restriction, leaves)} cannot be differentiated in "
-                    f"forward mode: {str(error).splitlines()[0][:200]} Write it with operations that can, or give its autograd "
-                    "function a jvp"
+                    f"forward mode: {str(error).splitlines()[0][:200]} Write it with operations that can, or give its "
+                    "autograd function a jvp"
                 ) from error
         return list(products[0][0]), [list(found) for _, found in products]
 

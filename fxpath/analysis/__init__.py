@@ -2,6 +2,7 @@
 
 from .dead import dead_by_sample, dead_share
 from .diagnostics import diagnostics
+from .linearity import linearity_summary
 from .null import intersection_moments, jaccard_moments, random_active, shortfall
 from .overlap import chance_jaccard, overlap, overlap_by_sample
 from .statistics import bootstrap_interval
@@ -16,6 +17,7 @@ __all__ = [
     "diagnostics",
     "intersection_moments",
     "jaccard_moments",
+    "linearity_summary",
     "overlap",
     "overlap_by_sample",
     "random_active",
