@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import RestrictionError, SiteError
 from .neurons import NeuronIndex, Site
+from .samples import Samples, type_of_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Restriction:
     shift: Sequence[Tensor | None]
     inverted: bool = False
     held: bool = False
+    of: tuple[type_of_id, ...] | None = None
 
     def checked(self, index: NeuronIndex, device: torch.device) -> Restriction:
         """This restriction, if it fits the sites; raises `RestrictionError` where it does not.
@@ -76,6 +78,18 @@ class Gates:
         self.watch = watch
         self.batch: int | None = None  # how many samples there are, where that is known
         self.seen: dict[int, Tensor] = {}
+
+    def enter(self, samples: Samples) -> None:
+        """Note whose run begins; raises `RestrictionError` where the constants are those of other samples, by name."""
+        self.batch = samples.batch
+        known = None if self.restriction is None else self.restriction.of
+        if known is None or samples.ids is None or len(known) != samples.batch or known == samples.names:
+            return
+        other, own = next(pair for pair in zip(samples.names, known, strict=True) if pair[0] != pair[1])
+        raise RestrictionError(
+            f"frozen network: there are no constants for sample {other!r} in its row, those there were taken from "
+            f"{own!r}; freeze the network at these samples, network.frozen(pathways, at=…), or give no ids"
+        )
 
     def __call__(self, number: int, activation: Tensor) -> Tensor:
         value = activation

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ORIGINAL = "original"
-_PANELS = (
-    ("radius", "median radius of rays / ‖x‖"),
-    ("change", "change of the gradient"),
-    ("deviation", "deviation from linear"),
+_PANELS = (  # column, title, what the numbers are
+    ("radius", "linear along rays", "median radius / ‖x‖"),
+    ("change", "change of the gradient", "‖∇Φ̂(x+δ) − ∇Φ̂(x)‖ / ‖∇Φ̂(x)‖"),
+    ("deviation", "deviation from linear", "|Φ̂(x+δ) − Φ − g·δ| / (1+|Φ|+|g·δ|)"),
 )
 
 
@@ -39,12 +39,13 @@ def linearity_figure(tables: pd.DataFrame | Mapping[str, pd.DataFrame], share: f
         PathwayKey.parse(key).family for table in named.values() for key in table.loc[table["sparsity"].notna(), "key"]
     )
     colours = looks(families)
-    figure = Figure(figsize=(WIDTH, 0.7 + 2.1 * len(named)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.7 + 2.3 * len(named)), layout="constrained")
     axes = figure.subplots(len(named), len(_PANELS), squeeze=False, sharex=True)
     for row, (name, table) in zip(axes, named.items(), strict=True):
-        for ax, (column, title) in zip(row, _PANELS, strict=True):
+        for ax, (column, title, unit) in zip(row, _PANELS, strict=True):
             _panel(ax, table, column, colours)
-            dress(ax, f"{name}\n{title}" if column == "radius" and name else title)
+            dress(ax, title)
+            ax.set_ylabel(f"{name}\n{unit}" if column == "radius" and name else unit, fontsize=TEXT, parse_math=False)
     for ax in axes[-1]:
         ax.set_xlabel("sparsity κ", fontsize=TEXT)
     lines: list[Any] = [
@@ -77,5 +78,8 @@ def _panel(ax: Axes, table: pd.DataFrame, column: str, colours: Mapping[str, Loo
         if len(level) and level.notna().all():
             ax.axhline(float(level.iloc[0]), color="black", linestyle=style, linewidth=1)
     values = table[column].dropna()
-    if len(values) and (values > 0).all():
+    if column != "change" and len(values) and (values > 0).all():
         ax.set_yscale("log")
+    elif len(values):
+        ax.set_ylim(bottom=0)
+    ax.tick_params(which="both", labelsize=TEXT)

@@ -180,7 +180,7 @@ class Network:
         if any(module.training for module in self._called):
             raise ModelError("network: the model is in training mode since it was traced; call model.eval()")
         if gates is not None:
-            gates.batch = samples.batch
+            gates.enter(samples)
         restricted = gates is not None and gates.restriction is not None and not gates.restriction.held
         with nullcontext() if gates is None else plain_attention(), keeping_branches() if restricted else nullcontext():
             return self.traced.unbind(self._module(*self.traced.bind(samples), gates))
@@ -340,7 +340,8 @@ class Network:
                 f"frozen: there are {pathways.batch} pathways and {batch} samples to take constants from; give one each"
             )
         shift = [value.reshape(-1, *site.shape) for value, site in zip(values, self.sites, strict=True)]
-        with self.restricted(Restriction(scale, shift)):
+        named = isinstance(at, Samples) and at.ids is not None and batch > 1  # of a single one they go with any sample
+        with self.restricted(Restriction(scale, shift, of=at.names if named else None)):
             yield self
 
     def export(self, pathways: Pathways, at: Any = None) -> fx.GraphModule:

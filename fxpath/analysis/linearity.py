@@ -26,10 +26,15 @@ def linearity_summary(
     """
     import pandas as pd
 
-    by_key = {key: _radii(part, seed) for key, part in rays.groupby("key", sort=False)} if len(rays) else {}
-    inside = deviations[deviations["inside"]].groupby("key")["relative"].max().to_dict() if len(deviations) else {}
+    by_key: dict[str, dict[str, float]] = {}
+    inside: dict[str, float] = {}
+    if len(rays):
+        by_key = {str(key): _radii(part, seed) for key, part in rays.groupby("key", sort=False)}
+        within = deviations[deviations["inside"]]
+        inside = {str(key): float(part["relative"].max()) for key, part in within.groupby("key")}
     rows = []
-    for (key, share), part in stability.groupby(["key", "share"], sort=False):
+    for named, part in stability.groupby(["key", "share"], sort=False):
+        key, share = str(named[0]), float(part["share"].iloc[0])
         row: dict[str, Any] = {"key": key, "sparsity": part["sparsity"].iloc[0], "share": share, "photos": len(part)}
         row |= by_key.get(key, dict.fromkeys(_RADII, np.nan)) | {"inside": inside.get(key, np.nan)}
         row |= _mean("change", part["mean"], seed) | {"largest_change": float(part["maximum"].mean())}
