@@ -337,7 +337,7 @@ COVERED: dict[str, Callable[[Tensor], Tensor]] = {
     "prelu": nn.PReLU(2), "threshold": lambda x: F.threshold(x, 0.0, 0.0), "clamp_max": lambda x: x.clamp(max=0.3),
     "pad": nn.ReflectionPad2d(1), "upsample": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
     "halves": lambda x: (x + x.flip(2)) / 2 - 1, "written": lambda x: (x + x.abs()) / 2, "norm": nn.BatchNorm2d(2),
-    "cast": lambda x: x.double(),
+    "cast": lambda x: x.double(), "relu6": lambda x: F.relu6(5 * x), "largest": lambda x: torch.maximum(x, 0.1 * x),
 }  # fmt: skip
 
 
@@ -345,7 +345,7 @@ COVERED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_covered_operations(name: str) -> None:
     """Every way to bend that is covered bends where it is said to: deviations vanish inside of every ray's radius."""
     model = Composed(COVERED[name]).double().eval()
-    x = torch.randn(12, 2, 3, 3, dtype=torch.float64)
+    x = torch.randn(60, 2, 3, 3, dtype=torch.float64)
     network = trace_any(model, x)
     assert uncovered(network) == ()
     pathways = active_pathways(network, x)
@@ -374,6 +374,7 @@ UNCOVERED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "square": (lambda x: x * x, "mul"), "power": (lambda x: x**2, "pow"),
     "instance norm": (nn.InstanceNorm2d(2), "InstanceNorm2d"), "detach": (lambda x: x + x.detach(), "detach"),
     "round": (torch.round, "round"), "jump": (nn.Threshold(0.1, 0.5), "Threshold"),
+    "jump by name": (lambda x: F.threshold(x, 0.1, 0.5), "threshold"),
     "group norm": (nn.GroupNorm(1, 2), "GroupNorm"), "exponential": (torch.exp, "exp"),
     "whole numbers": (lambda x: x + x.int(), "int"), "normalised": (F.normalize, "norm"),
 }  # fmt: skip
@@ -542,6 +543,48 @@ def test_tied_windows_are_counted() -> None:
     assert ray_radius(network, x[:1], pathways.take([0]), torch.eye(16, dtype=torch.float64)[0].view(1, 1, 4, 4))[0] > 0
 
 
+def test_a_kept_neuron_at_its_kink() -> None:
+    """z = 0 exactly: any step bends the network, or may; off the path nothing does."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2)).double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    network = fxpath.trace(model, torch.ones(2, 2, dtype=torch.float64))
+    x = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
+    both, second = (fxpath.Pathways(torch.tensor([mask]), network.index) for mask in ([True, True], [False, True]))
+    for direction in (1.0, -1.0):
+        ray = torch.tensor([[direction, 0.0]], dtype=torch.float64)
+        assert ray_radius(network, x, both, ray).tolist() == [0.0]
+        assert ray_radius(network, x, second, ray).tolist() == [math.inf]
+    assert linear_radius(network, x, both).value.tolist() == [0.0]
+    assert linear_radius(network, x, second).value.tolist() == [2.0]
+
+
+def test_candidates_that_are_one_function_are_no_tie() -> None:
+    """h + h + h and 3h are equal and stay so, though their slopes are rounded differently."""
+
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Linear(4, 64), nn.Linear(64, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.conv(x))
+            return self.fc(torch.maximum(0.1 * h + 0.2 * h, 0.3 * h))
+
+    model = Same().double().eval()
+    with torch.no_grad():
+        model.conv.weight.mul_(0.1)
+        model.conv.bias.fill_(0.0).add_(torch.arange(64.0) / 8 + 1)  # all are alive
+    x = torch.zeros(1, 4, dtype=torch.float64)
+    network = fxpath.trace(model, x.expand(2, 4))
+    pathways = fxpath.Pathways(torch.ones(1, 64, dtype=torch.bool), network.index)
+    h = model.conv(x)
+    equal = int((0.1 * h + 0.2 * h == 0.3 * h).sum())
+    assert equal > 8
+    assert tied_windows(network, x, pathways).tolist() == [0]
+    assert bool((ray_radius(network, x, pathways, 8) > 0).all())
+
+
 # --- estimate, batches, seeds ---
 
 
@@ -619,6 +662,35 @@ def test_several_inputs_and_channels() -> None:
     table = verify_linearity(network, x, pathways, directions=3)
     assert table[table["inside"]]["relative"].max() < 1e-12
     assert table[~table["inside"]]["relative"].max() > 1e-9
+
+
+def test_frames_folded_into_the_batch() -> None:
+    """Pools and maxima within a fold: a sample's windows are those of all its frames."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.fc = nn.Conv2d(2, 3, 2), nn.MaxPool2d(3, 1), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            frames = x.flatten(0, 1)
+            h = self.pool(F.relu(self.conv(frames)))
+            h = torch.maximum(h, 0.5 * h.flip(3) + 0.2).mean((2, 3))
+            return self.fc(F.relu(h - 0.1).reshape(x.shape[0], x.shape[1], 3).mean(1))
+
+    x = torch.randn(40, 3, 2, 5, 5, dtype=torch.float64)
+    network = fxpath.trace(Frames().double().eval(), x[:3])
+    assert [site.fold for site in network.sites] == [3, 3]
+    pathways = active_pathways(network, x)
+    table = verify_linearity(network, x, pathways, directions=3, inside=(0.5, 0.999), outside=(1.5,))
+    assert table[table["inside"]]["relative"].max() < 1e-12
+    assert table[~table["inside"]]["relative"].max() > 1e-6
+    rows = torch.nonzero(linear_radius(network, x, pathways).value.isfinite())[:, 0].tolist()
+    assert len(rows) > 20
+    x, pathways = x[rows], pathways.take(rows)
+    exact = linear_radius(network, x, pathways)
+    assert bool((ray_radius(network, x, pathways, 4) >= exact.value * (1 - 1e-9)).all())
+    torch.testing.assert_close(ray_radius(network, x, pathways, exact.towards), exact.value, rtol=1e-9, atol=0)
 
 
 def test_stability_of_the_original_and_of_the_frozen_network() -> None:
