@@ -322,6 +322,7 @@ class Composed(nn.Module):
     def __init__(self, first: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.first, self.conv, self.fc = first, nn.Conv2d(2, 2, 1), nn.Linear(2, 3)
+        nn.init.ones_(self.conv.bias)  # so that most of its neurons are alive
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.relu(self.conv(self.first(x))).mean((2, 3)))
@@ -350,7 +351,7 @@ def test_covered_operations(name: str) -> None:
     assert uncovered(network) == ()
     pathways = active_pathways(network, x)
     table = verify_linearity(network, x, pathways, directions=3, inside=(0.5, 0.999), outside=(1.01, 3))
-    assert table[table["inside"]]["relative"].max() < (1e-9 if name == "hardsigmoid" else 1e-12)  # its 1/6 is a float32
+    assert table[table["inside"]]["relative"].max() < (1e-8 if name == "hardsigmoid" else 1e-12)  # its 1/6 is a float32
     assert table[~table["inside"]]["gradient_change"].max() > 1e-3 or name in (
         "pad",
         "upsample",
