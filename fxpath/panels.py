@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import PercentFormatter
 
 from .labels import Look, site_labels
@@ -81,3 +82,34 @@ def site_axis(ax: Axes, part: pd.DataFrame) -> None:
     ax.set_xticks(numbers[::step], names[::step], rotation=0 if few else 90)
     ax.set_xlabel("site, in the order of execution", fontsize=TEXT)
     ax.set_xlim(-0.5, len(numbers) - 0.5)
+
+
+def text_width(text: str, size: float = TEXT) -> float:
+    """Inches that a text takes; on the pixels of a screen letters are up to a twentieth wider than their outlines."""
+    if not text.strip():
+        return 0.0
+    return 1.05 * float(TextPath((0, 0), text.replace("$", r"\$"), size=size).get_extents().width) / 72
+
+
+def text_lines(text: str, width: float, most: int, size: float = TEXT) -> list[str]:
+    """A text in lines of at most `width` inches, broken at spaces where it can be, and cut after `most` lines."""
+    lines, words = [""], text.split(" ")
+    while words:
+        word = words.pop(0)
+        longer = f"{lines[-1]} {word}".lstrip()
+        if text_width(longer, size) <= width:
+            lines[-1] = longer
+        elif lines[-1]:
+            words.insert(0, word)
+            lines.append("")
+        else:  # the word alone is too long
+            fits = max((end for end in range(1, len(word)) if text_width(word[:end], size) <= width), default=1)
+            lines[-1] = word[:fits]
+            words.insert(0, word[fits:])
+            lines.append("")
+    if len(lines) > most:
+        lines = lines[:most]
+        while lines[-1] and text_width(f"{lines[-1]}…", size) > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] = f"{lines[-1].rstrip()}…"
+    return lines
