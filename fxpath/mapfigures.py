@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     Tables = pd.DataFrame | Mapping[str, pd.DataFrame]
 
 MOST_SAMPLES = 40
-_COLUMNS = 7  # of an overview, the photo among them
+_COLUMNS = 6  # of an overview, the photo among them
 _LARGE = 4  # maps of one line of a sample's figure
 _BAR = 2.0  # inches of the colour bar
+_BOLD = 1.15  # times the width of plain text
 _PHOTO = "photo"
 _OVER = "the map over the photo"
 
@@ -60,26 +61,27 @@ def overview_figure(
     for no or more than 40 samples and for pictures of another form.
     """
     shading, chosen = Shading(signed, percentile), chosen_maps(store, keys)
-    rows = [store.row(sample) for sample in samples]
+    table, rows = store.samples(), [store.row(sample) for sample in samples]
     if not 1 <= len(rows) <= MOST_SAMPLES:
         raise InputError(f"map overview: expected 1 to {MOST_SAMPLES} samples, found {len(rows)}; make several figures")
     lines = _lines(chosen)
     photos = [photo_of(store, sample, pictures) for sample in samples]
-    given = any(photo.given for photo in photos)
+    thumbnails = any(photo.stands_in for photo in photos)
+    photo_head = "thumbnail" if all(photo.stands_in for photo in photos) else "photo"
     sizes = store.maps(chosen[0], slice(0, 1)).shape[1:]
     left = LINE + GAP if any(line.title for line in lines) else 0.0
     columns = max(len(line.cells) for line in lines)
     width = min((WIDTH - left - GAP * (columns - 1)) / columns, 1.6)
     height = width * sizes[0] / sizes[1]
-    page = Page()
+    page, sparse = Page(), False
     page.text(0, 0, _title(chosen, lines), fontsize=TITLE)
     page.down(0.2)
     for place, (row, photo) in enumerate(zip(rows, photos, strict=True)):
         page.down(0.08)
-        _caption(page, store, row)
+        _caption(page, store.classes, table.iloc[row])
         for line in lines:
             if line.heads and (place == 0 or (len(lines) > 1 and not left)):
-                page.headings(left, width, _heads(line, given))
+                page.headings(left, width, [head or photo_head for head in line.heads])
             for column, key in enumerate(line.cells):
                 if not key:
                     continue
@@ -87,12 +89,12 @@ def overview_figure(
                 if key == _PHOTO:
                     photo.draw(ax, sizes)
                 else:
-                    draw_map(ax, store, key, row, shading, (width, height))
+                    values = draw_map(ax, store, key, row, shading, (width, height))
+                    sparse |= values is not None and shading.sparse(values)
             if line.title:
                 page.text(LINE, height / 2, line.title, rotation=90, ha="right", va="center")
             page.down(height + GAP)
-    stands_in = any(photo.pixels is not None and not photo.given for photo in photos)
-    _foot(page, chosen, shading, stands_in)
+    _foot(page, shading, sparse, _notes(chosen, signed, thumbnails=thumbnails))
     return page.finished()
 
 
@@ -119,20 +121,21 @@ def sample_figure(
     columns = 2 if beside else math.ceil(len(chosen) / math.ceil(len(chosen) / _LARGE))
     width = min((WIDTH - GAP * columns) / (1 + columns), 2.2)
     height = width * sizes[0] / sizes[1]
-    page = Page()
-    _caption(page, store, row, size=TITLE)
+    page, sparse = Page(), False
+    _caption(page, store.classes, store.samples().iloc[row], size=TITLE)
     for start in range(0, len(chosen), columns):
         group = chosen[start : start + columns]
         places = [(1 + column) * (width + GAP) for column in range(columns)]
         page.down(0.06)
-        heads = ["photo" if photo.given else "thumbnail", *map(map_label, group), *([_OVER] if beside else [])]
-        page.headings(0, width, heads, most=2)
+        heads = ["thumbnail" if photo.stands_in else "photo", *map(map_label, group), *([_OVER] if beside else [])]
+        page.headings(0, width, heads)
         photo.draw(page.panel(0, width, height), sizes)
         found = {}
         for key, x in zip(group, places, strict=False):
             values = draw_map(page.panel(x, width, height), store, key, row, shading, (width, height))
             if values is not None:
                 found[x] = shading.shade(values)
+                sparse |= shading.sparse(values)
                 page.text(x + width / 2, height + 0.04, f"full colour: {shading.top(values):.2g}", ha="center")
         if photo.given and not beside:
             page.down(height + LINE + 0.08)
@@ -141,7 +144,7 @@ def sample_figure(
             for x, shaded in found.items():
                 draw_over(page.panel(places[1] if beside else x, width, height), picture, shaded, shading)
         page.down(height + (LINE + 0.08 if beside or not photo.given else GAP))
-    _foot(page, chosen, shading, photo.pixels is not None and not photo.given, full=True)
+    _foot(page, shading, sparse, _notes(chosen, signed, thumbnails=photo.stands_in, full=True))
     return page.finished()
 
 
@@ -173,10 +176,7 @@ def gini_figure(tables: Tables, by_sample: Tables) -> Figure:
         dress(ax, name)
         ax.tick_params(labelbottom=True)
         right = ax.twinx()
-        said = [
-            f"no map has one\n({row['missing']} missing)" if math.isnan(row["gini"])
-            else f"{row['gini']:.3f}   {100 * row['zero_share']:.2g} %" for row in table.to_dict("records")
-        ]  # fmt: skip
+        said = [_gini_said(row) for row in table.to_dict("records")]
         right.set_yticks(range(len(table)), said)
         right.set_ylim(*ax.get_ylim())
         right.annotate("mean     zeros", (1, 1), xytext=(4, 4), xycoords="axes fraction", textcoords="offset points",
@@ -190,6 +190,16 @@ def gini_figure(tables: Tables, by_sample: Tables) -> Figure:
     dot = Line2D([], [], color=GREY, marker="o", markersize=3, linestyle="none", label="one sample")
     legend(figure, [dot, Line2D([], [], color="black", marker="|", markersize=10, label="mean and 95 % interval")])
     return figure
+
+
+def _gini_said(row: Mapping[Any, Any]) -> str:
+    """Mean and share of zero pixels of a method, and how many maps have no Gini index."""
+    zeros = 100 * row["zero_share"]
+    said = f"{row['gini']:.3f}   " if row["gini"] == row["gini"] else "no map   "
+    said += "" if zeros != zeros else "< 0.1 %" if 0 < zeros < 0.1 else f"{zeros:.2g} %"
+    if row["all_zero"]:
+        said += f"\n{row['all_zero']} of {row['samples']} all 0"
+    return said.rstrip()
 
 
 # ---- what stands where
@@ -225,11 +235,6 @@ def _lines(keys: Sequence[str]) -> list[_Line]:
     return [_Line(row, tuple("" if key == _PHOTO else map_label(key) for key in row)) for row in rows]
 
 
-def _heads(line: _Line, given: bool) -> list[str]:
-    photo = "photo" if given else "thumbnail"
-    return [photo if key == _PHOTO else head for key, head in zip(line.cells, line.heads, strict=True)]
-
-
 def _title(keys: Sequence[str], lines: Sequence[_Line]) -> str:
     if lines[0].heads[1].startswith("κ"):
         names = dict.fromkeys(MapName.parse(key).label for key in keys)
@@ -237,57 +242,49 @@ def _title(keys: Sequence[str], lines: Sequence[_Line]) -> str:
     return "What each method finds relevant to the class named above the photo"
 
 
-def _caption(page: Page, store: MapStore, row: int, size: float = TEXT) -> None:
-    """The class and its probability at the left, the sample's id at the right."""
-    sample = store.samples().iloc[row]
-    target, prediction, label = (int(sample[name]) for name in ("target", "prediction", "label"))
-    said = _class(store, target) if target >= 0 else ""
-    if said and math.isfinite(sample["probability"]):
-        said += f", p = {sample['probability']:.2f}"
-    if said and prediction >= 0:
-        said = (
-            f"predicted: {said}"
-            if target == prediction
-            else f"explained: {said}; predicted: {_class(store, prediction)}"
-        )
-    if 0 <= label != target:
-        said += f"; labelled: {_class(store, label)}"
-    (said,) = text_lines(said, 0.6 * WIDTH, 1, size)
-    (name,) = text_lines(str(sample["id"])[::-1], WIDTH - text_width(said, size) - 0.4, 1)
+def _caption(page: Page, classes: Sequence[str], sample: pd.Series[Any], size: float = TEXT) -> None:
+    """The class, its probability, and other classes that the sample has or gets, at the left; the id at the right."""
+    target, predicted, label = (int(sample[name]) for name in ("target", "prediction", "label"))
+    names = {
+        number: classes[number] if number < len(classes) else f"class {number}" for number in (target, predicted, label)
+    }
+    parts = []
+    if target >= 0:
+        known = f", p = {sample['probability']:.2f}" if math.isfinite(sample["probability"]) else ""
+        parts.append(f"{'predicted' if predicted == target else 'explained'}: {names[target]}{known}")
+    parts += [f"predicted: {names[predicted]}"] if 0 <= predicted != target else []
+    parts += [f"labelled: {names[label]}"] if 0 <= label != target else []
+    (said,) = text_lines("; ".join(parts), 0.75 * WIDTH / _BOLD, 1, size)
+    (name,) = text_lines(str(sample["id"])[::-1], WIDTH - _BOLD * text_width(said, size) - 0.3, 1)
     page.text(0, 0.02, said, fontsize=size, weight="bold")
     page.text(WIDTH, 0.02, name[::-1], ha="right", color=GREY)
     page.down(LINE + 0.03 * (size > TEXT) + 0.03)
 
 
-def _class(store: MapStore, number: int) -> str:
-    return store.classes[number] if number < len(store.classes) else f"class {number}"
-
-
-def _foot(page: Page, keys: Sequence[str], shading: Shading, stands_in: bool, *, full: bool = False) -> None:
+def _foot(page: Page, shading: Shading, sparse: bool, notes: Sequence[str]) -> None:
     """The colour bar, and what a reader must know to read the maps."""
     page.down(0.1)
     ax = page.panel(0.12, _BAR, 0.1)
     colours = ScalarMappable(Normalize(shading.look["vmin"], shading.look["vmax"]), shading.look["cmap"])
-    ends = "both" if shading.signed else "max"
+    ends = "neither" if shading.percentile == 100 else "both" if shading.signed else "max"
     bar = page.figure.colorbar(colours, cax=ax, orientation="horizontal", extend=ends, extendfrac=0.05)
     bar.set_ticks(
         [-1, 0, 1] if shading.signed else [0, 0.5, 1], labels=["−1", "0", "1"] if shading.signed else ["0", "0.5", "1"]
     )
     bar.ax.tick_params(labelsize=TEXT)
     page.down(0.35)
-    above = "" if shading.percentile == 100 else "; above it all is clipped"
-    below = page.paragraph(0, _BAR + 0.3, f"1 = a map's {shading.said()}{above}")
+    below = page.paragraph(0, _BAR + 0.3, f"1 = {shading.said(sparse)}")
     page.down(-0.4)
-    notes = _notes([MapName.parse(key) for key in keys], shading, stands_in, full)
     beside = page.paragraph(_BAR + 0.55, WIDTH - _BAR - 0.55, " ".join(notes))
     page.down(max(below + 0.4, beside))
 
 
-def _notes(names: Sequence[MapName], shading: Shading, stands_in: bool, full: bool) -> list[str]:
+def _notes(keys: Sequence[str], signed: bool, *, thumbnails: bool, full: bool = False) -> list[str]:
+    names = [MapName.parse(key) for key in keys]
     gradients = all((name.pathway or name.method == "gradient") and not name.opened for name in names)
     rises = ": the score of the class rises with the pixel's value" if gradients else ", positive"
     falls = ": it falls." if gradients else ", negative."
-    notes = [f"Red{rises}; blue{falls}" if shading.signed else "Bright: what the score of the class depends on most."]
+    notes = [f"Red{rises}; blue{falls}" if signed else "Bright: what the score of the class depends on most."]
     if any(name.pathway and not name.method for name in names):
         notes.append(
             "A selector's name stands for the gradient through its pathway: all neurons outside it are held fixed; κ "
@@ -303,7 +300,7 @@ def _notes(names: Sequence[MapName], shading: Shading, stands_in: bool, full: bo
         notes.append("Below each map stands the value of its full colour" + (
             ", in score per unit of the input." if gradients else "."
         ))  # fmt: skip
-    if stands_in:
+    if thumbnails:
         notes.append("Thumbnails show the middle of a photo; the network may have seen more or less of it.")
     return notes
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from .errors import InputError
+from .labels import MapName
 from .pages import LINE
 from .panels import TEXT, text_lines
 
@@ -27,7 +28,10 @@ _EMPTY = "0.9"  # the grey of a panel without a map
 
 @dataclass(frozen=True)
 class Shading:
-    """How values become colours: `percentile` of a map's |values| is full colour; where signed, the sign is kept."""
+    """How values become colours: `percentile` of a map's |values| is full colour.
+
+    Where `signed`, the sign is kept and shown by two colours. Raises `InputError` for a percentile outside (0, 100].
+    """
 
     signed: bool = False
     percentile: float = 99.0
@@ -42,22 +46,30 @@ class Shading:
         return {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if self.signed else {"cmap": "inferno", "vmin": 0, "vmax": 1}
 
     def top(self, values: npt.NDArray[Any]) -> float:
-        """What becomes full colour: the percentile, or the largest |value| where that is 0."""
+        """What becomes full colour: the percentile, or where that is 0 the one of those other than 0."""
         sizes = np.abs(values)
-        return float(np.percentile(sizes, self.percentile)) or float(sizes.max())
+        return self._percentile(sizes) or self._percentile(sizes[sizes > 0])
+
+    def sparse(self, values: npt.NDArray[Any]) -> bool:
+        """Whether the percentile is 0."""
+        return not self._percentile(np.abs(values))
+
+    def _percentile(self, sizes: npt.NDArray[Any]) -> float:
+        return float(np.percentile(sizes, self.percentile, method="lower"))  # a value that is there, not one near 0
 
     def shade(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """The values as shares of full colour, clipped: 0 … 1, or −1 … 1."""
         shown = np.asarray(values if self.signed else np.abs(values), dtype=np.float64)
         return np.clip(shown / self.top(values), -1.0, 1.0)
 
-    def said(self) -> str:
-        """What full colour is."""
+    def said(self, sparse: bool) -> str:
+        """What full colour is, where some maps may be sparse."""
         if self.percentile == 100:
-            return "largest |value|"
+            return "the largest |value| of a map"
         whole = f"{self.percentile:g}"
         ending = "th" if whole[-2:-1] == "1" else {"1": "st", "2": "nd", "3": "rd"}.get(whole[-1], "th")
-        return f"{whole}{ending} percentile of |value|"
+        but = " (where that is 0, of those other than 0)" if sparse else ""
+        return f"{whole}{ending} percentile of a map's |values|{but}; above it all is clipped"
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,11 @@ class Photo:
 
     pixels: Picture | None
     given: bool
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether it is a thumbnail, which may not show what the network saw."""
+        return self.pixels is not None and not self.given
 
     def draw(self, ax: Axes, sizes: tuple[int, ...]) -> None:
         """The picture, one that was given in the size of the maps `(H, W)`."""
@@ -110,7 +127,11 @@ def draw_map(
     if not np.isfinite(values).all():
         _say(ax, str(store.map_missing(key)[row]) or "holds values that are not finite", inches)
     elif not values.any():
-        _say(ax, "0 everywhere", inches)
+        _say(
+            ax,
+            "all 0" + (": the pathway does not reach the input" if MapName.parse(key).pathway else ""),
+            inches,
+        )
     else:
         ax.imshow(shading.shade(values), **shading.look)
         return values

@@ -52,15 +52,14 @@ class Page:
         looks = dict[str, Any](fontsize=TEXT, va="top") | looks
         self._texts.append((self.figure.text(0, 0, text, parse_math=False, **looks), _MARGIN + x, self._y + y))
 
-    def headings(self, x: float, width: float, labels: Sequence[str], most: int = 3) -> None:
+    def headings(self, x: float, width: float, labels: Sequence[str]) -> None:
         """A row of names over panels of this width, their last lines level; goes on where the panels begin."""
-        shown = [text_lines(label, width, most) for label in labels]
+        shown = [_named(label, width) for label in labels]
         height = LINE * max(map(len, shown), default=0)
         for column, lines in enumerate(shown):
             middle = x + column * (width + GAP) + width / 2
             for number, line in enumerate(reversed(lines)):
-                bare = line.removesuffix(",") if number else line
-                self.text(middle, height - LINE * number, bare, ha="center", va="baseline")
+                self.text(middle, height - LINE * number, line, ha="center", va="baseline")
         self.down(height + 0.06)
 
     def paragraph(self, x: float, width: float, text: str) -> float:
@@ -78,3 +77,9 @@ class Page:
         for text, x, y in self._texts:
             text.set_position((x / PAPER, 1 - y / height))
         return self.figure
+
+
+def _named(label: str, width: float) -> list[str]:
+    """A name in lines: parameters and κ may begin one."""
+    lines = text_lines(label.replace("(", " (", 1).replace(", κ", " κ"), width, most=4)
+    return [line.replace(" (", "(").replace(" κ", ", κ") for line in lines]

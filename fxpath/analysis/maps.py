@@ -63,7 +63,8 @@ def _gini(ascending: Floats) -> Floats:
     count = ascending.shape[-1]
     largest = ascending[..., -1:]  # NaN, too, is sorted to the end
     scaled = share(ascending, np.where(np.isfinite(largest), largest, 0.0))  # so that sums neither overflow nor vanish
-    return np.asarray(scaled @ (2.0 * np.arange(1, count + 1) - count - 1) / (count * scaled.sum(axis=-1)))
+    weighted = scaled * (2.0 * np.arange(1, count + 1) - count - 1)  # no product of matrices: its bits depend on m
+    return np.asarray(weighted.sum(axis=-1) / (count * scaled.sum(axis=-1)))
 
 
 def map_statistics(
@@ -164,7 +165,7 @@ def map_differences(
     import pandas as pd
 
     chosen_maps(store, first)
-    others = [key for key in chosen_maps(store, second) if second is not None or key != first]
+    others = [key for key in chosen_maps(store, second) if key != first]
     if not others:
         raise InputError(f"map differences: expected another map than {first} to compare it with, found none")
     rows: list[dict[str, Any]] = []
