@@ -384,6 +384,8 @@ def test_one_map_stands_between_photo_and_overlay() -> None:
     check_apart(figure)
     (line,) = grid(figure)
     assert [len(ax.images) for ax in line] == [1, 1, 2]
+    left, middle, right = (ax.get_position().x0 for ax in line)
+    assert right - middle == pytest.approx(middle - left)
     assert "photo Gradient the map over the photo" in said(figure)
     maps.arrays["gradient"][0] = np.nan
     gone = sample_figure(maps, 0, ["gradient"], picture=picture())

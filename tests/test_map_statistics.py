@@ -33,7 +33,9 @@ def store(count: int = 9) -> MapsInMemory:
     arrays["neuron_mct@0.9"][3] = np.nan
     arrays["neuron_mct@0.9"][4] = 0
     arrays["neuron_mct@0.9*"][:, :2] = 0.5
-    return MapsInMemory(arrays, failed=(2,))
+    found = MapsInMemory(arrays, failed=(2,))
+    found.arrays["gradient"][2] = found.arrays["neuron_mct@0.9*"][2] = 1.0  # of a sample that failed nothing counts
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- Gini
@@ -87,7 +89,9 @@ def test_statistics_are_means_over_samples() -> None:
     assert table["missing"].tolist() == [0, 1, 0]
     assert table["all_zero"].tolist() == [0, 1, 0]
     for row in table.to_dict("records"):
-        maps = np.abs([each.ravel() for each in found.arrays[row["key"]] if np.isfinite(each).all()]).astype(float)
+        maps = np.abs([each.ravel() for each in found.arrays[row["key"]][found.ok] if np.isfinite(each).all()]).astype(
+            float
+        )
         ginis = [float(gini(each)) for each in maps]
         assert row["gini"] == pytest.approx(np.nanmean(ginis), rel=1e-12)
         assert (row["low"], row["high"]) == bootstrap_interval(ginis, seed=3)
