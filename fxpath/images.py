@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from .errors import FxpathError, ImageError, InputError, unknown
 from .image_labels import UNKNOWN, folder_labels, read_label_file
 from .named import named_object, packaged
+from .pictures import input_picture
 
 Preprocess = Callable[[Image.Image], torch.Tensor]
 
@@ -99,6 +100,17 @@ class ImageSamples(Dataset[tuple[torch.Tensor, int]]):
             raise InputError(f"thumbnail: expected a size of 1 pixel or more, found {size}")
         fitted = ImageOps.fit(read_image(self.files[i]), (size, size), Image.Resampling.BICUBIC)
         return np.array(fitted, dtype=np.uint8)
+
+
+def input_pictures(dataset: Any, names: Sequence[str], preprocessing: str = "") -> dict[str, npt.NDArray[np.uint8]]:
+    """What a network sees of pictures, by id: each input of `dataset` as `input_picture` shows it, `(H, W, 3)` uint8.
+
+    For figures that lay maps over photos. Raises `ImageError` for a name that is no id of the data set.
+    """
+    places = {str(name): place for place, name in enumerate(getattr(dataset, "ids", ()))}
+    if missing := [name for name in names if name not in places]:
+        raise ImageError(unknown("picture", missing[0], places, way_out="Give the pictures that the store was made of"))
+    return {name: input_picture(torch.as_tensor(dataset[places[name]][0]).numpy(), preprocessing) for name in names}
 
 
 def read_image(path: str | Path) -> Image.Image:

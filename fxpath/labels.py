@@ -24,7 +24,15 @@ _SELECTORS = {
     "magnitude": "#009E73",
 }
 _OTHERS = ("#CC79A7", "#882255", "#332288", "#117733", "#AA4499", "#661100")
-_NAMES = {"neuron_mct": "NeuronMCT", "neuron_intgrad": "NeuronIntGrad", "dgr": "DGR"}
+_NAMES = {
+    "neuron_mct": "NeuronMCT",
+    "neuron_intgrad": "NeuronIntGrad",
+    "dgr": "DGR",
+    "input_mct": "InputMCT",
+    "input_intgrad": "InputIntGrad",
+    "grad_cam": "GradCAM",
+}
+_OF_PATHWAY = {"masked_gradient": "MaskedGradient of", "random_active": "RandomActive like"}
 _MARKERS = "osD^vPX*<>"
 Style = Literal["-"] | tuple[float, tuple[float, ...]]
 _STYLES: tuple[Style, ...] = ("-", (0, (4, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)))
@@ -84,6 +92,65 @@ def pathway_label(key: str) -> str:
     if not parsed.parameters:
         return name
     return f"{name}({', '.join(f'{parameter}={value}' for parameter, value in sorted(parsed.parameters.items()))})"
+
+
+@dataclass(frozen=True)
+class MapName:
+    """What an attribution map's key says: the method, the key of its pathway if it has one, and whether it is opened.
+
+    >>> MapName.parse("neuron_mct@0.9*")
+    MapName(method='', pathway='neuron_mct@0.9', opened=True)
+    >>> MapName.parse("masked_gradient:active").pathway, MapName.parse("occlusion:size=8,stride=8").method
+    ('active', 'occlusion:size=8,stride=8')
+    """
+
+    method: str
+    pathway: str
+    opened: bool
+
+    @classmethod
+    def parse(cls, key: str) -> MapName:
+        """Read a key; what starts from no pathway is a method's text form."""
+        bare = key.rstrip("*")
+        method, _, rest = bare.partition(":")
+        if method in _OF_PATHWAY:
+            return cls(method, rest, bare != key)
+        is_pathway = "@" in bare or method in _SELECTORS
+        return cls("" if is_pathway else bare, bare if is_pathway else "", bare != key)
+
+    @property
+    def sparsity(self) -> float | None:
+        """That of its pathway, None where it has none."""
+        return PathwayKey.parse(self.pathway).sparsity if self.pathway else None
+
+    @property
+    def family(self) -> str:
+        """The key without sparsity and star: what has one colour."""
+        return f"{self.method}:{self.pathway}".strip(":").partition("@")[0]
+
+    @property
+    def label(self) -> str:
+        """As people write it, without the sparsity."""
+        star = "*" if self.opened else ""
+        if not self.pathway:
+            return pathway_label(self.method) + star
+        return f"{_OF_PATHWAY.get(self.method, '')} {pathway_label(self.pathway)}{star}".lstrip()
+
+
+def map_label(key: str) -> str:
+    r"""An attribution map's key as people write it.
+
+    >>> map_label("grad_cam"), map_label("masked_gradient:neuron_mct@0.9"), map_label("neuron_mct@0.9*")
+    ('GradCAM', 'MaskedGradient of NeuronMCT, κ\xa0=\xa00.9', 'NeuronMCT*, κ\xa0=\xa00.9')
+    """
+    name = MapName.parse(key)
+    level = name.sparsity
+    return name.label if level is None else f"{name.label}, {sparsity_label(level)}"
+
+
+def sparsity_label(sparsity: float) -> str:
+    """κ, on one line."""
+    return f"κ\xa0=\xa0{sparsity:g}"
 
 
 def site_labels(names: Sequence[str], longest: int = 16) -> list[str]:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import PercentFormatter
 
 from .labels import Look, site_labels
@@ -81,3 +83,39 @@ def site_axis(ax: Axes, part: pd.DataFrame) -> None:
     ax.set_xticks(numbers[::step], names[::step], rotation=0 if few else 90)
     ax.set_xlabel("site, in the order of execution", fontsize=TEXT)
     ax.set_xlim(-0.5, len(numbers) - 0.5)
+
+
+def text_width(text: str, size: float = TEXT) -> float:
+    """Inches that a text takes; on the pixels of a screen letters are up to a twentieth wider than their outlines."""
+    if not text.strip():
+        return 0.0
+    outline = TextPath((0, 0), text.replace("$", r"\$"), size=size)
+    return (
+        1.05 * float(np.ptp(outline.vertices[:, 0])) / 72
+    )  # of the control points: the exact extent takes ten times as long
+
+
+def text_lines(text: str, width: float, most: int, size: float = TEXT) -> list[str]:
+    """A text in lines of at most `width` inches, broken at spaces where it can be, and cut after `most` lines."""
+    lines, words = [""], text.replace("\n", " ").split(" ")
+    while words and len(lines) <= most:
+        word = words.pop(0)
+        longer = f"{lines[-1]} {word}".lstrip(" ")
+        if text_width(longer, size) <= width:
+            lines[-1] = longer
+        elif lines[-1]:
+            words.insert(0, word)
+            lines.append("")
+        else:  # the word alone is too long
+            fits = max(
+                (end for end in range(1, min(len(word), 200)) if text_width(word[:end], size) <= width), default=1
+            )
+            lines[-1] = word[:fits]
+            words.insert(0, word[fits:])
+            lines.append("")
+    if len(lines) > most and any([*lines[most:], *words]):
+        last = lines[most - 1]
+        while last and text_width(f"{last}…", size) > width:
+            last = last[:-1]
+        return [*lines[: most - 1], f"{last.rstrip()}…"]
+    return lines[:most]

@@ -11,12 +11,11 @@ import networkx as nx
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
-from matplotlib.textpath import TextPath
 
 from .errors import InputError
 from .files import appearing
 from .labels import series, site_labels
-from .panels import GREY, TEXT, TITLE
+from .panels import GREY, TEXT, TITLE, text_width
 from .plotting import save
 from .sitegraph import dot_text, shape_text
 
@@ -79,12 +78,12 @@ def site_graph_figure(graph: SiteGraph, title: str = "") -> Figure:
             ".dot file, or choose sites"
         )
     rows = _cells(graph)
-    widths = [max(_width(row[column]) for row in [_HEAD, *rows.values()]) + 0.15 for column in range(len(_HEAD))]
+    widths = [max(text_width(row[column]) for row in [_HEAD, *rows.values()]) + 0.15 for column in range(len(_HEAD))]
     places = _places(graph)
     lanes = _LANE * (max(x for x, _ in places.values()) / _LANE + 1)
     arcs = _arcs(graph, places)
     left = max(arcs.values(), default=0.0) + 0.2
-    width = max(left + lanes + sum(widths), _width(title, TITLE) + 0.3)
+    width = max(left + lanes + sum(widths), text_width(title, TITLE) + 0.3)
     height = _ROW * (len(graph) + 1) + 0.5
     figure = Figure(figsize=(width, height))
     ax = figure.add_axes((0, 0, 1, 1))
@@ -155,8 +154,3 @@ def _draw(ax: Axes, graph: SiteGraph, places: Places, arcs: Mapping[tuple[int, i
             x, y, marker="s" if outer else "o", markersize=5, zorder=3,
             color="black" if outer else colours[number % _COLOURS], markeredgecolor="white", markeredgewidth=0.6,
         )  # fmt: skip
-
-
-def _width(text: str, size: float = TEXT) -> float:
-    """Inches that a text takes; on the pixels of a screen letters are up to a twentieth wider than their outlines."""
-    return 1.05 * float(TextPath((0, 0), text, size=size).get_extents().width) / 72 if text.strip() else 0.0

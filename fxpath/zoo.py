@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
 from .errors import InputError, ModelError, unknown
 from .named import named_object, packaged
+from .pictures import input_picture
 from .weights import fit_state_dict, read_arrays, read_state_dict
 
 Preprocess = Callable[[Image.Image], torch.Tensor]
@@ -53,6 +55,10 @@ class LoadedModel:
         if batch < 1:
             raise InputError(f"example of {self.name}: expected a batch of 1 or more, found {batch}")
         return torch.randn(batch, *self.input_shape, generator=torch.Generator().manual_seed(0))
+
+    def picture(self, x: torch.Tensor) -> npt.NDArray[np.uint8]:
+        """The picture `(H, W, 3)` uint8 that an input `(3, H, W)` shows, to lay maps over; see `input_picture`."""
+        return input_picture(x.detach().to("cpu", torch.float64).numpy(), self.preprocessing)
 
 
 @dataclass(frozen=True)

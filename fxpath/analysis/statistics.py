@@ -1,4 +1,4 @@
-"""Intervals over samples, by scipy."""
+"""Intervals and tests over samples, by scipy and statsmodels."""
 
 from __future__ import annotations
 
@@ -45,6 +45,54 @@ def bootstrap_interval(
         if np.isfinite(low) and np.isfinite(high):
             return low, high
     return _bootstrap(found, "percentile", confidence, resamples, seed)
+
+
+def paired_test(first: npt.ArrayLike, second: npt.ArrayLike, *, resamples: int = 9999, seed: int = 0) -> float:
+    """p of the two-sided permutation test that two numbers `(n,)` of the same samples have equal means.
+
+    Under the null hypothesis the two numbers of a sample could be swapped. All 2ⁿ ways to do so are counted where that
+    is at most `resamples`, else that many random ones. NaN for fewer than two samples. Raises `InputError` for other
+    lengths, NaN, or fewer than one resample.
+
+    >>> paired_test([3, 5, 4, 6], [1, 2, 2, 3])  # all four are larger: 2 of 16 swaps are as extreme
+    0.125
+    """
+    from scipy import stats
+
+    one, two = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if one.ndim != 1 or one.shape != two.shape or np.isnan(one).any() or np.isnan(two).any() or resamples < 1:
+        raise InputError(
+            "paired test: expected two numbers of each sample, none of them missing, and at least one resample, found "
+            f"{one.shape} and {two.shape}, {int(np.isnan(one).sum() + np.isnan(two).sum())} missing, {resamples}"
+        )
+    if one.size < 2:
+        return float("nan")
+    found = stats.permutation_test(
+        (one - two, two - one),  # what is swapped is the sign of the difference
+        lambda differences, _, axis: differences.mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=resamples,
+        batch=max(_BATCH // one.size, 1),
+        random_state=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def holm(p: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Holm's correction of several p-values `(m,)`; NaN is missing, stays so and does not count.
+
+    >>> holm([0.01, 0.04, float("nan")])
+    array([0.02, 0.04,  nan])
+    """
+    corrected = np.array(p, dtype=np.float64)
+    known = ~np.isnan(corrected)
+    if known.sum() > 1:  # one needs no correction, and no statsmodels
+        try:
+            from statsmodels.stats.multitest import multipletests
+        except ImportError as failure:
+            raise InputError(f"Holm's correction: {failure}; pip install 'fxpath[eval]'") from failure
+        corrected[known] = multipletests(corrected[known], method="holm")[1]
+    return corrected
 
 
 def _bootstrap(
