@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ORIGINAL = "original"
+_DECADES = 1e-6  # of a logarithmic axis: what is smaller is nothing
 _PANELS = (  # column, title, what the numbers are
     ("radius", "linear along rays", "median radius / ‖x‖"),
     ("change", "change of the gradient", "‖∇Φ̂(x+δ) − ∇Φ̂(x)‖ / ‖∇Φ̂(x)‖"),
@@ -77,9 +78,10 @@ def _panel(ax: Axes, table: pd.DataFrame, column: str, colours: Mapping[str, Loo
         level = table.loc[table["key"] == key, column]
         if len(level) and level.notna().all():
             ax.axhline(float(level.iloc[0]), color="black", linestyle=style, linewidth=1)
-    values = table[column].dropna()
-    if column != "change" and len(values) and (values > 0).all():
-        ax.set_yscale("log")
-    elif len(values):
+    positive = table.loc[table[column] > 0, column]
+    if column == "change":
         ax.set_ylim(bottom=0)
+    elif len(positive):
+        ax.set_yscale("log", nonpositive="mask")
+        ax.set_ylim(bottom=0.5 * max(positive.min(), _DECADES * positive.max()))
     ax.tick_params(which="both", labelsize=TEXT)
