@@ -19,10 +19,10 @@ def linearity_summary(
 
     `radius`: over photos the mean of a photo's median radius over rays, as a share of ‖x‖₂, with `radius_low` and
     `radius_high`; `tied` on-path windows without a strict winner a photo, `tied_photos` the share of photos that have
-    one. `inside`: the largest relative deviation within the radius. `change` (`change_low`, `change_high`): the mean of
-    ‖∇Φ̂(x + δ) − ∇Φ̂(x)‖ / ‖∇Φ̂(x)‖ at ‖δ‖ = share · ‖x‖, and `largest_change` that of the largest over δ;
-    `deviation` (`deviation_low`, `deviation_high`) of Φ̂ there. Columns about radii are missing where the network is
-    not covered.
+    one; `with_gradient` photos of which the gradient is not 0. `inside`: the largest relative deviation within the
+    radius. `change` (`change_low`, `change_high`): the mean of ‖∇Φ̂(x + δ) − ∇Φ̂(x)‖ / ‖∇Φ̂(x)‖ at ‖δ‖ = share · ‖x‖,
+    and `largest_change` that of the largest over δ; `deviation` (`deviation_low`, `deviation_high`) of Φ̂ there.
+    Columns about radii are missing where the network is not covered.
     """
     import pandas as pd
 
@@ -36,6 +36,7 @@ def linearity_summary(
     for named, part in stability.groupby(["key", "share"], sort=False):
         key, share = str(named[0]), float(part["share"].iloc[0])
         row: dict[str, Any] = {"key": key, "sparsity": part["sparsity"].iloc[0], "share": share, "photos": len(part)}
+        row["with_gradient"] = int(part["mean"].notna().sum())
         row |= by_key.get(key, dict.fromkeys(_RADII, np.nan)) | {"inside": inside.get(key, np.nan)}
         row |= _mean("change", part["mean"], seed) | {"largest_change": float(part["maximum"].mean())}
         row |= _mean("deviation", part["deviation"], seed)
