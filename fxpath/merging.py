@@ -14,9 +14,10 @@ from typing import Any
 import h5py
 import numpy as np
 
+from .columns import StoredPathway
 from .errors import StoreError
 from .hdf5 import Array, attribute, read, read_text, reading
-from .parts import StoredPathway, appearing, create_table, move_rows, write_header, write_rows
+from .parts import appearing, create_table, move_rows, write_header, write_rows
 from .schema import (
     Header,
     active_table,
