@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from .errors import StoreError, unknown
 from .hdf5 import TEXT, Array
+from .keys import checked_map_key
+from .maptables import MAP_COLUMNS, MAP_REDUCTIONS, MapRows, StoredMap
 from .neurons import NeuronIndex
 from .schema import SAMPLE_COLUMNS, Header, PathwayRows, Rows, parse_key, pathway_columns
 
@@ -69,7 +71,34 @@ def sample_arrays(header: Header, rows: Rows, id_length: int | None) -> dict[str
         wanted = kind if kind in ("<f2", "<f4") else "<f4"
         tables[f"scores/{family}/signed"] = converted(signed, f"scores/{family}", wanted, (count, index.size))
         tables[f"scores/{family}/scale"] = converted(scale, f"scale of scores/{family}", "<f4", (count,))
+    return tables | map_arrays(rows.maps, count)
+
+
+def map_arrays(maps: Mapping[str, MapRows], count: int) -> dict[str, Array]:
+    """The tables of maps by path, converted to their stored types and checked."""
+    tables: dict[str, Array] = {}
+    for key, rows in maps.items():
+        if rows.columns.keys() != MAP_COLUMNS.keys():
+            found = ", ".join(rows.columns) or "none"
+            raise StoreError(f"map {key}: expected the columns {', '.join(MAP_COLUMNS)}, found {found}")
+        signed = np.asarray(rows.columns["signed"])
+        if signed.ndim != 3 or signed.dtype != np.float16:
+            raise StoreError(
+                f"map {key}: expected signed values ({count}, H, W) in float16, found {signed.shape} in "
+                f"{signed.dtype}; divide them by their scale first"
+            )
+        for name, dtype in MAP_COLUMNS.items():
+            tail = signed.shape[1:] if name == "signed" else ()
+            tables[f"maps/{key}/{name}"] = converted(rows.columns[name], f"maps/{key}/{name}", dtype, (count, *tail))
     return tables
+
+
+def described_map(key: str, rows: MapRows) -> StoredMap:
+    """What is written of maps besides their rows; raises `StoreError` where key or reduction cannot be."""
+    checked_map_key(key)
+    if rows.reduction not in MAP_REDUCTIONS:
+        raise StoreError(f"map {key}: {unknown('reduction', rows.reduction, MAP_REDUCTIONS)}")
+    return StoredMap(_json(f"map {key}", rows.parameters), rows.reduction)
 
 
 def _pathway_arrays(key: str, pathway: PathwayRows, index: NeuronIndex, count: int) -> dict[str, Array]:
@@ -99,10 +128,14 @@ def described(key: str, pathway: PathwayRows) -> StoredPathway:
             f"pathway {key}: expected selector {parsed.selector!r} and sparsity {parsed.sparsity}, found "
             f"{pathway.selector!r} and {pathway.sparsity}; key and rows must agree"
         )
+    return StoredPathway(pathway.selector, _json(f"pathway {key}", pathway.parameters), pathway.sparsity)
+
+
+def _json(what: str, parameters: Mapping[str, Any]) -> str:
     try:
-        return StoredPathway(pathway.selector, json.dumps(dict(pathway.parameters), sort_keys=True), pathway.sparsity)
+        return json.dumps(dict(parameters), sort_keys=True)
     except (TypeError, ValueError) as problem:
-        raise StoreError(f"pathway {key}: expected parameters that JSON can hold: {problem}") from None
+        raise StoreError(f"{what}: expected parameters that JSON can hold: {problem}") from None
 
 
 def site_tables(header: Header) -> dict[str, Array]:

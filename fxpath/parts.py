@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,9 +16,19 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
-from .columns import StoredPathway, described, sample_arrays, site_tables, stored_text
+from .columns import (
+    StoredPathway,
+    converted,
+    described,
+    described_map,
+    map_arrays,
+    sample_arrays,
+    site_tables,
+    stored_text,
+)
 from .errors import FxpathError, StoreError
-from .hdf5 import Array, reading
+from .hdf5 import TEXT, Array, reading
+from .maptables import MAP_PART, MapRows, StoredMap
 from .schema import ATTRIBUTE, HEADER_ATTRIBUTES, SCHEMA, VERSION, Header, Rows, check_header, chunk_shape
 
 _LEVEL = 1  # deflate: higher levels gain a few per cent on pathway bits and take several times as long
@@ -45,11 +55,28 @@ def write_store(
     except ValueError as problem:
         raise StoreError(f"{path}: cannot write the header: {problem}") from None
     pathways = {key: described(key, pathway) for key, pathway in rows.pathways.items()}
+    maps = {key: described_map(key, one) for key, one in rows.maps.items()}
     tables = sample_arrays(header, rows, id_length)
     with appearing(Path(path)) as file:
-        write_header(file, header, pathways, complete)
-        for name, array in tables.items():
-            write_rows(create_table(file, name, array.shape, array.dtype), 0, array)
+        write_header(file, header, pathways, maps, complete)
+        _write_tables(file, tables)
+
+
+def write_map_part(path: str | os.PathLike[str], job: str, ids: Sequence[str], maps: Mapping[str, MapRows]) -> None:
+    """Write the maps of some samples to a file that `merging.add_maps` takes; `job` names the job that made them."""
+    described = {key: described_map(key, one) for key, one in maps.items()}
+    tables = {"id": converted(ids, "ids", TEXT, (len(ids),)), **map_arrays(maps, len(ids))}
+    with appearing(Path(path)) as file:
+        _set(file, "schema", MAP_PART)
+        _set(file, "version", VERSION)
+        _set(file, "job", job)
+        _write_maps(file, described)
+        _write_tables(file, tables)
+
+
+def _write_tables(file: h5py.File, tables: Mapping[str, Array]) -> None:
+    for name, array in tables.items():
+        write_rows(create_table(file, name, array.shape, array.dtype), 0, array)
 
 
 # ---------------------------------------------------------------------------------------------------- one file
@@ -182,8 +209,14 @@ def move_rows(dataset: h5py.Dataset, start: int, source: h5py.Dataset) -> None:
 # ------------------------------------------------------------------------------------------- what goes into it
 
 
-def write_header(file: h5py.File, header: Header, pathways: Mapping[str, StoredPathway], complete: bool) -> None:
-    """Write all that is not by sample: root attributes, sites, classes and the pathways' attributes, in order."""
+def write_header(
+    file: h5py.File,
+    header: Header,
+    pathways: Mapping[str, StoredPathway],
+    maps: Mapping[str, StoredMap],
+    complete: bool,
+) -> None:
+    """Write all that is not by sample: root attributes, sites, classes, and what pathways and maps are, in order."""
     clash = HEADER_ATTRIBUTES & set(header.notes)
     if clash:
         raise StoreError(f"notes: expected names that the store does not use itself, found {', '.join(sorted(clash))}")
@@ -207,8 +240,7 @@ def write_header(file: h5py.File, header: Header, pathways: Mapping[str, StoredP
     }
     for name, value in values.items():
         _set(file, name, value)
-    for name, array in site_tables(header).items():
-        write_rows(create_table(file, name, array.shape, array.dtype), 0, array)
+    _write_tables(file, site_tables(header))
     group = file.create_group("pathways", track_order=True)
     for key, pathway in pathways.items():
         below = group.create_group(key)
@@ -216,6 +248,16 @@ def write_header(file: h5py.File, header: Header, pathways: Mapping[str, StoredP
         _set(below, "parameters", pathway.parameters)
         _set(below, "sparsity", math.nan if pathway.sparsity is None else float(pathway.sparsity))
     file.create_group("scores", track_order=True)
+    if maps:
+        _write_maps(file, maps)
+
+
+def _write_maps(file: h5py.File, maps: Mapping[str, StoredMap]) -> None:
+    group = file.create_group("maps", track_order=True)
+    for key, found in maps.items():
+        below = group.create_group(key)
+        for name, value in {"method": key, "parameters": found.parameters, "reduction": found.reduction}.items():
+            _set(below, name, value)
 
 
 def _set(of: h5py.Group, name: str, value: str | int | float) -> None:
