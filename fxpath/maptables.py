@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import h5py
+import numpy as np
+import numpy.typing as npt
 
 from .errors import StoreError, unknown
-from .hdf5 import TEXT, attribute, holds, member, name_of, reading, table
+from .hdf5 import TEXT, Array, attribute, holds, member, name_of, reading, table
 from .keys import checked_map_key
 
 MAP_PART = "fxpath maps"  # the schema of a file that holds some samples' maps and no more
@@ -39,6 +41,28 @@ class StoredMap:
 
     parameters: str
     reduction: str
+
+
+def scaled(maps: Array) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]:
+    """Maps `(n, H, W)` that are finite in float32 as float16 and a scale `(n,)` float32, whose product they are.
+
+    The scale is a power of two, so that nothing but the rounding to float16 changes a value, by at most one part in
+    2048: a sample's largest |value| comes to 2¹⁴ … 2¹⁵, a quarter to half of what float16 holds, and values down to a
+    2⁻²⁸ of it are as exact. Smaller ones round to steps of at most 2⁻³⁸ of it, but never to 0, which stays 0 alone.
+
+    >>> values, scale = scaled(np.array([[[0.0, -3.0, 1e-20]]]))
+    >>> scale.item(), values.tolist()
+    (0.0001220703125, [[[0.0, -24576.0, 5.960464477539063e-08]]])
+    """
+    largest = np.abs(maps).max(axis=(1, 2)).astype(np.float64)
+    exponent = np.frexp(largest)[1] - 15
+    # above 2⁻¹⁰² every float16 times the scale is a normal number in float32
+    scale = np.ldexp(np.float32(1), np.where(largest > 0, np.maximum(exponent, -102), 0))
+    divided = maps / scale[:, None, None].astype(np.float64)
+    values = divided.astype(np.float16)
+    lost = (values == 0) & (divided != 0)
+    values[lost] = np.copysign(np.finfo(np.float16).smallest_subnormal, divided[lost])
+    return values, scale
 
 
 def map_names(file: h5py.File) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from synthetic import contents, same, synthetic_header, synthetic_index, synthet
 from fxpath import merging, parts
 from fxpath.errors import StoreError
 from fxpath.keys import checked_map_key
-from fxpath.maptables import MapRows
+from fxpath.maptables import MapRows, scaled
 from fxpath.merging import add_maps, require_nothing_foreign
 from fxpath.parts import write_map_part
 from fxpath.store import merge_stores, open_store, write_store
@@ -158,6 +158,46 @@ def test_keys_that_can_name_maps(key: str) -> None:
 def test_keys_that_cannot(key: str) -> None:
     with pytest.raises(StoreError, match="map key: expected <method>"):
         checked_map_key(key)
+
+
+# --- scaled to float16 ---
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+def test_a_scale_is_a_power_of_two_that_leaves_room(kind: type) -> None:
+    maps = np.array([[[1.0, -3.0, 0.0, 2**-20]], [[2e-7, -1e-7, 6e-8, 0.0]], [[65504.0, -0.5, 1e-3, 7.0]]], dtype=kind)
+    values, scale = scaled(maps)
+    assert (values.dtype, scale.dtype) == (np.float16, np.float32)
+    assert np.log2(scale).tolist() == [-13, -37, 1]
+    assert ((np.abs(values).max(axis=(1, 2)) >= 2**14) & (np.abs(values).max(axis=(1, 2)) < 2**15)).all()
+    exact = (maps.astype(np.float64) / scale[:, None, None]).astype(np.float16)
+    np.testing.assert_array_equal(values, exact)  # a single rounding
+    largest = np.full((1, 2, 2), np.finfo(np.float32).max if kind is not np.float16 else 65504, dtype=kind)
+    values, scale = scaled(largest)
+    np.testing.assert_allclose(values.astype(np.float64) * scale, largest.astype(np.float64), rtol=2**-11)
+    values, scale = scaled(maps)
+    if kind is np.float16:  # which there is none of
+        np.testing.assert_array_equal(values.astype(np.float32) * scale[:, None, None], maps.astype(np.float32))
+
+
+def test_what_is_not_zero_stays_so_and_only_that() -> None:
+    rng = np.random.default_rng(3)
+    maps = rng.standard_normal((6, 40, 50)) * np.logspace(-30, 6, 2000).reshape(40, 50)
+    maps[:, ::7] = 0
+    maps *= np.array([1, 1e-25, 1e30, 1e-40, 0, 1])[:, None, None]
+    maps[5] = 0
+    maps[5, 3, 3] = -1e-300  # less than float32 holds
+    values, scale = scaled(maps)
+    restored = values.astype(np.float32) * scale[:, None, None]
+    assert np.isfinite(restored).all()
+    np.testing.assert_array_equal(np.sign(restored), np.sign(maps))
+    largest = np.abs(maps).max(axis=(1, 2), keepdims=True)
+    precise = (np.abs(maps) > 2**-28 * largest) & (np.abs(maps) > 1e-34)
+    assert [int(each.sum()) > 300 for each in precise] == [True, True, True, False, False, False]
+    assert np.abs(restored[precise] / maps[precise] - 1).max() <= 2**-11
+    coarse = (np.abs(maps[:3]) > 2**-38 * largest[:3]) & ~precise[:3]
+    assert (np.abs(restored[:3] - maps[:3]) <= 2**-39 * largest[:3])[coarse].all()
+    assert coarse.sum() > 100
 
 
 # --- what does not fit is not written ---
