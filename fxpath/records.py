@@ -53,23 +53,24 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, *, said: str = "compute") -> Iterator[None]:
     """A folder of parts, made if need be, for this process alone; at the end it is gone if it holds no part.
 
-    Raises `StoreError` where it cannot be made, or another process is at work in it.
+    `said` is the command, with which messages begin. Raises `StoreError` where the folder cannot be made, or another
+    process is at work in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         number = None if fcntl is None else os.open(folder, os.O_RDONLY)
     except (OSError, ValueError) as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error, said) from error
     try:
         try:
             if number is not None:
                 fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(
-                f"compute: another process is at work in {folder}; wait for it, or choose another output file"
+                f"{said}: another process is at work in {folder}; wait for it, or choose another output file"
             ) from None
         except OSError:
             pass  # not every file system has locks
@@ -82,7 +83,7 @@ def held(folder: Path) -> Iterator[None]:
             os.close(number)
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: Path, record: dict[str, Any], *, said: str = "compute") -> None:
     """Write the record of a job that begins; raises `StoreError` where that fails."""
     fresh = folder / f".{_RECORD}.tmp"
     try:
@@ -92,13 +93,13 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         fresh.replace(folder / _RECORD)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error, said) from error
 
 
-def _unwritable(folder: Path, error: Exception) -> StoreError:
-    said = getattr(error, "strerror", None) or error
+def _unwritable(folder: Path, error: Exception, said: str) -> StoreError:
+    reason = getattr(error, "strerror", None) or error
     return StoreError(
-        f"compute: {folder} cannot be written ({said}); free disk space, or choose an output in a folder that you may "
+        f"{said}: {folder} cannot be written ({reason}); free disk space, or choose an output in a folder that you may "
         "write to"
     )
 
@@ -143,7 +144,9 @@ def record_of(path: Path) -> dict[str, Any]:
         return record
 
 
-def require_same(ours: dict[str, Any], theirs: dict[str, Any], where: str, way_out: str) -> None:
+def require_same(
+    ours: dict[str, Any], theirs: dict[str, Any], where: str, way_out: str, *, said: str = "compute"
+) -> None:
     """Raise `StoreError` that names what differs between two jobs."""
     here, there = _UNSAID | ours, _UNSAID | theirs
     differing = [name for name in dict.fromkeys((*ours, *_UNSAID)) if name != "parts" and there.get(name) != here[name]]
@@ -154,7 +157,7 @@ def require_same(ours: dict[str, Any], theirs: dict[str, Any], where: str, way_o
             else "{}: there {}, here {}".format(name, *map(_brief, _apart(there.get(name), here[name])))
             for name in differing[:4]
         )
-        raise StoreError(f"compute: {where} holds the results of another job ({shown}); {way_out}")
+        raise StoreError(f"{said}: {where} holds the results of another job ({shown}); {way_out}")
 
 
 def _brief(value: Any) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from small_jobs import Chosen, run
 
-from fxpath import batch, job, microbatch, parts, records
+from fxpath import batch, microbatch, parted, parts, records
 
 SAMPLES = 10  # three micro-batches of four, the last one short
 
@@ -75,7 +75,7 @@ class Moment:
 
 MOMENTS = (
     Moment("before the folder of parts", batch, "held", 1),
-    Moment("before job.json", job, "write_record", 1),
+    Moment("before job.json", parted, "write_record", 1),
     Moment("while job.json is written", records.json, "dump", 1, after=True),
     Moment("before job.json gets its name", Path, "replace", 1),
     Moment("job.json is there", batch, "compute_rows", 1),
