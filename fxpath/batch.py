@@ -97,7 +97,8 @@ def compute(
     """Compute the pathways of every sample of a data set and keep them in one HDF5 file.
 
     `dataset` is map-style: `dataset[i]` is an input (tensor, tuple or dict of tensors without a batch axis) or
-    `(input, label)`; `dataset.ids`, if there, names the samples. `target`: "predicted", "labels" or a class number.
+    `(input, label)`; `dataset.ids`, if there, names the samples. Without selectors the store holds the samples, what
+    the network answers, and which neurons are active. `target`: "predicted", "labels" or a class number.
     `scores` "float16" or "float32" keeps all scores too, so that any sparsity can be cut later (`Store.cut`).
     `diagnose` > 0 ablates so many active neurons of every site and sample, each exactly, and keeps for every selector
     with scores Spearman's correlation of |score| with |Φ(x) − Φ(x; a_j ← 0)| over them: the diagnostics

@@ -70,9 +70,7 @@ def checked_target(target: str | int, dataset: Any) -> str:
 
 
 def checked_recipe(recipe: Recipe) -> Recipe:
-    """A recipe that asks for each pathway once; raises `InputError` for any other."""
-    if not recipe.selectors:
-        raise InputError("compute: expected at least one selector, found none")
+    """A recipe that asks for each pathway once, or for none; raises `InputError` for any other."""
     if not recipe.sparsities and not all(selector.single for selector in recipe.selectors):
         raise InputError("compute: expected at least one sparsity, for example 0.9")
     for selector in recipe.selectors:
@@ -104,21 +102,21 @@ def checked_thumbnails(size: int, dataset: Any) -> int:
     return size
 
 
-def checked_path(path: Path) -> Path:
+def checked_path(path: Path, *, said: str = "compute") -> Path:
     """A path that can be a file's; raises `StoreError` for a folder and for what cannot be reached."""
-    with reachable(path):
+    with reachable(path, said=said):
         if not path.name or path.is_dir():
-            raise StoreError(f"compute: {path} is a folder; give a file name such as {path / 'run.h5'}")
+            raise StoreError(f"{said}: {path} is a folder; give a file name such as {path / 'run.h5'}")
     return path
 
 
 @contextmanager
-def reachable(path: Path) -> Iterator[None]:
+def reachable(path: Path, *, said: str = "compute") -> Iterator[None]:
     """Turn what a strange or forbidden path raises into a `StoreError`."""
     try:
         yield
     except (OSError, ValueError) as error:
         if isinstance(error, FxpathError):
             raise
-        said = getattr(error, "strerror", None) or error
-        raise StoreError(f"compute: {path} cannot be reached ({said}); choose another output file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"{said}: {path} cannot be reached ({reason}); choose another output file") from error

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,9 +98,20 @@ def add_maps(
             progress(done, 2 * old.samples)
 
     with appearing(old.path) as file:
+        shutil.copymode(old.path, file.filename)
         write_header(file, old.header, old.pathways, old.maps | surveys[0].maps, old.complete)
         _join(file, [old], told)
         _join(file, surveys, lambda done: told(old.samples + done))
+
+
+def check_map_part(path: str | os.PathLike[str], job: str, ids: Sequence[str]) -> None:
+    """Read a part of maps to its last byte; raises `StoreError` where it is damaged, or another job's or samples'."""
+    with open_file(path, MAP_PART) as file:
+        names = read_text(table(file, "id", TEXT, (None,))).tolist()
+        if attribute(file, "job", str) != job or names != list(ids):
+            raise StoreError(f"{path}: expected samples of this job, found others")
+        for found in _maps_of(file, len(names))[1].values():
+            read(found)
 
 
 def require_nothing_foreign(path: str | os.PathLike[str]) -> None:

@@ -58,7 +58,7 @@ class Parted(ABC):
 
     def found(self) -> list[int]:
         """The numbers of the parts that are there, whole or not; raises `StoreError` where they are another job's."""
-        with reachable(self.folder):
+        with reachable(self.folder, said=self.said):
             found = parts_found(self.folder)
         if found:
             require_same(self.record, read_record(self.folder), str(self.folder), self.way_out, said=self.said)

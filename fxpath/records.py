@@ -26,6 +26,11 @@ def parts_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.parts")
 
 
+def maps_folder(path: Path) -> Path:
+    """Where a job that adds maps to the store at `path` keeps its finished micro-batches."""
+    return path.with_name(f"{path.name}.maps")
+
+
 def part_name(number: int) -> str:
     """The file of micro-batch `number`."""
     return f"part-{number:07d}.h5"
