@@ -26,7 +26,7 @@ from .methods import Method, parse_method
 from .network import Network
 from .parted import Parted
 from .parts import write_map_part
-from .records import held, maps_folder, part_name, parts_found, read_record, remove_parts, require_same
+from .records import clear_parts, held, maps_folder, part_name, parts_found, read_record, remove_parts, require_same
 from .responses import identity
 from .store import Store, open_store
 from .workers import Writer, read_ahead, settings
@@ -358,7 +358,7 @@ def _forget_finished(folder: Path, store: Store) -> None:
     except (KeyError, TypeError, ValueError):
         return
     if done:
-        remove_parts(folder)
+        clear_parts(folder)
 
 
 def _reported(

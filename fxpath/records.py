@@ -112,10 +112,15 @@ def _unwritable(folder: Path, error: Exception, said: str) -> StoreError:
 def remove_parts(folder: Path) -> None:
     """Remove what a job keeps in its folder of parts, the record last, and the folder if nothing else is in it."""
     with suppress(OSError):
-        for pattern in (".part-*.tmp", "part-*.h5"):
-            for path in sorted(folder.glob(pattern)):
-                path.unlink()
+        clear_parts(folder)
         remove_empty(folder)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove the parts that a job keeps, but neither its record nor the folder, which may be held."""
+    for pattern in (".part-*.tmp", "part-*.h5"):
+        for path in sorted(folder.glob(pattern)):
+            path.unlink()
 
 
 def remove_empty(folder: Path) -> None:

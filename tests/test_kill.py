@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def log(folder: Path) -> Log:
     """What the driver saw: a job killed at each moment, and one at each size of a full disk."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(TESTS / "kill_driver.py"), str(folder)],
+        [sys.executable, "-W", "error", str(TESTS / "kill_driver.py"), str(folder), "compute"],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
