@@ -88,9 +88,9 @@ def attribute(
     started = time.perf_counter()
     if network._restriction is not None:
         raise RestrictionError("attribute: the network is restricted; leave the with block first")
-    asked = _checked_methods(methods)
+    asked = checked_methods(methods)
     picture_size(network)
-    kept = _checked_reduction(reduction)
+    kept = checked_reduction(reduction)
     place = checked_path(Path(path), said=SAID)
     place = place.resolve() if place.is_symlink() else place  # the new file takes the place of the store, not the link
     ids = checked_ids(dataset)
@@ -215,12 +215,10 @@ def _add(job: MapJob, *, progress: bool) -> None:
 # ------------------------------------------------------------------------------------------- what is asked for
 
 
-def _checked_methods(methods: Sequence[Method | str]) -> dict[str, Method]:
+def checked_methods(methods: Sequence[Method | str]) -> dict[str, Method]:
     """Methods by key; raises `InputError` for none, one that is none, and one that is asked for twice."""
-    if isinstance(methods, str):
-        methods = [methods]
     asked: dict[str, Method] = {}
-    for text in methods:
+    for text in [methods] if isinstance(methods, str) else methods:
         method = parse_method(text)
         if isinstance(method, type) or not isinstance(method, Method):
             raise InputError(f"attribute: expected a method or its name, found {text!r}; for example 'gradient'")
@@ -237,7 +235,7 @@ def _checked_methods(methods: Sequence[Method | str]) -> dict[str, Method]:
     return asked
 
 
-def _checked_reduction(reduction: str) -> Reduction:
+def checked_reduction(reduction: str) -> Reduction:
     """What is stored of a reduction: the sign is kept, from which the magnitude follows."""
     if reduction not in get_args(Reduction):
         raise InputError(f"attribute: {unknown('reduction', reduction, get_args(Reduction))}")
@@ -366,7 +364,7 @@ def _reported(
 ) -> MapReport:
     missing = {}
     for key in asked:
-        reasons = store.map_column(key, "missing").tolist()
+        reasons = store.map_missing(key).tolist()
         missing[key] = {name: why for name, why in zip(store.ids.tolist(), reasons, strict=True) if why}
     seconds = time.perf_counter() - started
     return MapReport(path, len(store), tuple(asked), made, computed, len(store) - computed, missing, seconds)

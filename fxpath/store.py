@@ -296,7 +296,7 @@ class Store:
     # --------------------------------------------------------------------------------------------------- maps
 
     def map(self, key: str, sample: int | str) -> npt.NDArray[np.float32]:
-        """A sample's attribution map `(H, W)` float32, signed; NaN where it has none (see `map_column`, "missing")."""
+        """A sample's attribution map `(H, W)` float32, signed; NaN where it has none (see `map_missing`)."""
         row = self.row(sample)
         found: npt.NDArray[np.float32] = self.maps(key, slice(row, row + 1))[0]
         return found
@@ -308,13 +308,15 @@ class Store:
         scaled *= self._column(tables["scale"], wanted)[:, None, None]
         return scaled
 
-    def map_column(self, key: str, name: str, rows: slice | None = None) -> Array:
-        """A column of a method's maps `(m,)`: "missing" (why a sample has none, else ""), "seconds", "scale"."""
-        names = [each for each in self._map_tables(key) if each != "signed"]
-        if name not in names:
-            raise StoreError(f"{self.path}: maps of {key}: {unknown('column', name, names)}")
-        values: Array = self._column(self._map_tables(key)[name], self._slice(rows))
-        return values
+    def map_missing(self, key: str, rows: slice | None = None) -> npt.NDArray[np.str_]:
+        """Why samples have no map of a method `(m,)`, "" for those that have one."""
+        reasons: npt.NDArray[np.str_] = self._column(self._map_tables(key)["missing"], self._slice(rows))
+        return reasons
+
+    def map_seconds(self, key: str, rows: slice | None = None) -> npt.NDArray[np.float64]:
+        """How long the maps of a method took `(m,)`, in seconds a sample; NaN for those that have none."""
+        seconds: npt.NDArray[np.float64] = self._column(self._map_tables(key)["seconds"], self._slice(rows))
+        return seconds
 
     def map_parameters(self, key: str) -> dict[str, Any]:
         """The whole parameter set of an attribution method."""

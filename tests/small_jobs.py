@@ -176,7 +176,7 @@ def by_sample(path: Path) -> dict[str, dict[str, Any]]:
                 found[f"{family} scores"] = store.scores(family, row).tobytes()
             for key in store.map_keys:
                 found[f"{key} map"] = store.map(key, row).tobytes()
-                found[f"{key} missing"] = str(store.map_column(key, "missing", one)[0])
+                found[f"{key} missing"] = str(store.map_missing(key, one)[0])
             picture = store.thumbnail(row)
             found["thumbnail"] = None if picture is None else picture.tobytes()
             rows[name] = found

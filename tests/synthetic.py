@@ -185,7 +185,7 @@ def contents(store: Store) -> dict[str, Any]:
     for key in store.map_keys:
         found[f"{key} attributes of maps"] = (store.map_parameters(key), store.map_reduction(key))
         found[f"{key} maps"] = store.maps(key)
-        found |= {f"{key} {name}": store.map_column(key, name) for name in ("missing", "seconds", "scale")}
+        found |= {f"{key} missing": store.map_missing(key), f"{key} seconds": store.map_seconds(key)}
     return found
 
 

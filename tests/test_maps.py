@@ -77,8 +77,8 @@ def test_maps_come_back_signed_and_scaled(path: Path) -> None:
             np.testing.assert_array_equal(store.map(key, 4), expected[4])
             np.testing.assert_array_equal(store.map(key, "photo-0004.jpg"), expected[4])
             np.testing.assert_array_equal(store.map(key, -1), expected[5])
-            assert store.map_column(key, "missing").tolist() == ["", "", "not an image", "", "", ""]
-            assert store.map_column(key, "seconds", slice(3, 5)).tolist() == [0.375, 0.5]
+            assert store.map_missing(key).tolist() == ["", "", "not an image", "", "", ""]
+            assert store.map_seconds(key, slice(3, 5)).tolist() == [0.375, 0.5]
             assert store.map_parameters(key) == {"size": 3, "of": key}
             assert store.map_reduction(key) == "signed_max"
 
@@ -143,8 +143,8 @@ def test_names_that_are_not_there(path: Path) -> None:
             store.map(KEY, 6)
         with pytest.raises(StoreError, match="a slice with a step of 1"):
             store.maps(KEY, slice(0, 6, 2))
-        with pytest.raises(StoreError, match=r"there is no column 'signed' \(all: scale, seconds, missing\)"):
-            store.map_column(KEY, "signed")
+        with pytest.raises(StoreError, match=r"there is no map 'gradeint'; nearest: gradient"):
+            store.map_missing("gradeint")
     with pytest.raises(StoreError, match="a store that is closed"):
         store.map(KEY, 0)
 
