@@ -51,10 +51,12 @@ def checked_ids(dataset: Any) -> list[str]:
     return ids
 
 
-def checked_number(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least `least`."""
+def checked_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """A whole number of at least `least`, and of no more than `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name}: expected a whole number of at least {least}, found {value!r}")
+    if most is not None and value > most:
+        raise InputError(f"{name}: expected a whole number of at most {most}, found {value!r}")
     return value
 
 

@@ -6,9 +6,9 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from tqdm import tqdm
@@ -32,6 +32,7 @@ from .store import Store, open_store
 from .workers import Writer, read_ahead, settings
 
 SAID = "attribute"
+_MOST = {"micro_batch": 2**16, "threads": 2**12}  # that are taken from a store, which may be anyone's
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def attribute(
             _forget_finished(folder, store)
             if not left:
                 return _reported(store, place, asked, (), 0, started)
-            recipe = MapRecipe(left, kept, checked_number("micro_batch", store.header.micro_batch))
+            recipe = MapRecipe(left, kept, _number(store, "micro_batch"))
             job = MapJob(network, dataset, place, store, recipe, ids)
             with settings(job.threads, network.device):
                 job.found()
@@ -147,7 +148,7 @@ class MapJob(Parted):
     ) -> None:
         self.network, self.dataset, self.path, self.store = network, dataset, path, store
         self.recipe, self.ids, self.folder = recipe, ids, maps_folder(path)
-        self.threads = checked_number("threads", store.header.threads)
+        self.threads = _number(store, "threads")
         self.table = store.samples()
         for key, method in recipe.methods.items():
             if method.pathway is not None and method.pathway not in store.keys:
@@ -219,8 +220,8 @@ def checked_methods(methods: Sequence[Method | str]) -> dict[str, Method]:
     """Methods by key; raises `InputError` for none, one that is none, and one that is asked for twice."""
     asked: dict[str, Method] = {}
     for text in [methods] if isinstance(methods, str) else methods:
-        method = parse_method(text)
-        if isinstance(method, type) or not isinstance(method, Method):
+        method = cast("Any", parse_method(text))  # which may be anything that is not a text
+        if isinstance(method, type) or not (isinstance(method, Method) and is_dataclass(method)):
             raise InputError(f"attribute: expected a method or its name, found {text!r}; for example 'gradient'")
         try:
             key = checked_map_key(method.key)
@@ -252,6 +253,10 @@ def _needed(recipe: MapRecipe) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------- what there is
+
+
+def _number(store: Store, name: str) -> int:
+    return checked_number(f"{store.path}: {name}", getattr(store.header, name), most=_MOST[name])
 
 
 def _identity(store: Store) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from processes import leftovers
+
+from fxpath.errors import StoreError
+from fxpath.store import merge_stores
 
 
 def replaced(name: str, make: Callable[[h5py.Group, str, Any], object]) -> Callable[[h5py.File], None]:
@@ -57,3 +62,16 @@ def virtual(group: h5py.Group, name: str, old: Any) -> None:
 
 def huge(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str = "u1") -> Callable[[h5py.Group, str, Any], None]:
     return lambda group, name, old: group.create_dataset(name, shape, dtype, chunks=chunks, compression="gzip")
+
+
+def joined(path: Path, spoil: Callable[[h5py.File], object], good: Path) -> bool:
+    """Whether a spoiled store is joined with a good one, the only other file of the folder; else nothing is left."""
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    try:
+        merge_stores([good, path], path.with_name("joined.h5"))
+    except StoreError as problem:
+        assert str(path) in str(problem)  # noqa: PT017
+        assert leftovers(path.parent) == {good.name, path.name}
+        return False
+    return True

@@ -6,8 +6,6 @@ import io
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ import torch
 from footprint import unchanged
 from processes import leftovers
 from small_jobs import METHODS, Chosen, add_maps, by_sample, inputs, module, run, small
-from test_kill import ENVIRONMENT, TESTS, Log
+from test_kill import Log, killed
 from torch import Tensor, nn
 
 import fxpath
@@ -410,16 +408,6 @@ BOTH = {
 }
 
 
-def killed(folder: Path, kind: str) -> Log:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(TESTS / "kill_driver.py"), str(folder), kind],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {str(line.get("moment", line.get("limit"))): line | {"stderr": done.stderr} for line in lines}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kill")
@@ -498,6 +486,13 @@ def test_samples_that_the_store_could_not_use_have_no_map(tmp_path: Path) -> Non
             assert np.isnan(store.map_seconds(key)).tolist() == [row in spoilt for row in range(7)]
 
 
+def test_a_picture_that_has_come_since_has_no_map(tmp_path: Path) -> None:
+    """The store knows neither its class nor its pathways."""
+    run(Chosen(range(4), {1: OSError("not there yet")}), tmp_path / "run.h5")
+    report = add_maps(Chosen(range(4)), tmp_path / "run.h5")
+    assert report.missing == {key: {Chosen(range(4)).ids[1]: "OSError: not there yet"} for key in METHODS}
+
+
 def test_a_picture_that_has_gone_since_is_recorded(path: Path, undisturbed: Path) -> None:
     data = Chosen(range(10), {2: FileNotFoundError("it has gone")})
     report = add_maps(data, path)
@@ -571,6 +566,16 @@ def test_a_map_that_is_no_map_stops_nothing(path: Path, instead: Any, why: str) 
         assert np.isfinite(store.map("gradient", 5)).all()
 
 
+def test_samples_that_fail_one_after_another_are_told_apart(tmp_path: Path) -> None:
+    data = Chosen(range(8), {0: OSError("gone"), 5: OSError("gone")})
+    report = add_maps(data, tmp_path / "run.h5", methods=["gradient", Odd(data.ids[2], "error")])
+    gone = {data.ids[0]: "OSError: gone", data.ids[5]: "OSError: gone"}
+    assert report.missing == {"gradient": gone, "odd": gone | {data.ids[2]: "odd says no"}}
+    with fxpath.open_store(tmp_path / "run.h5") as store:
+        there = [1, 3, 4, 6, 7]
+        assert store.maps("odd")[there].tobytes() == store.maps("gradient")[there].tobytes()
+
+
 def test_a_map_beyond_float32_is_no_map(tmp_path: Path) -> None:
     network = small(torch.float64)
     data = [inputs()[row].double() for row in range(3)]
@@ -636,6 +641,15 @@ def test_maps_of_another_shape_are_refused(path: Path, shape: tuple[int, ...]) -
         add_maps(Chosen(range(10)), path, methods=[Other()])
 
 
+class Plain:
+    """What has all of a method but its parameters."""
+
+    key, pathway = "plain", None
+
+    def attribute(self, *_: Any) -> Tensor:
+        raise AssertionError
+
+
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no method": ({"methods": []}, InputError, "expected at least one method"),
     "twice": ({"methods": ["neuron_mct@0.9", "neuron_mct@0.90"]}, InputError, "neuron_mct@0.9 is asked for twice"),
@@ -643,6 +657,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no pathway": ({"methods": ["neuron_mct"]}, InputError, "expected a sparsity, such as @0.9"),
     "a class": ({"methods": [Odd]}, InputError, "expected a method or its name, found <class"),
     "a number": ({"methods": [3]}, InputError, "expected a method or its name, found 3"),
+    "no dataclass": ({"methods": [Plain()]}, InputError, "expected a method or its name, found <test_mapping.Plain"),
     "reduction": ({"reduction": "max"}, InputError, "there is no reduction 'max'; nearest: max_abs"),
     "lacking": (
         {"methods": ["gradient", "neuron_mct@0.8*"]}, StoreError,
@@ -712,6 +727,18 @@ def test_another_network_is_refused_by_name(path: Path) -> None:
     assert leftovers(path.parent) == {"run.h5"}
 
 
+def test_another_function_of_the_output_is_refused(tmp_path: Path) -> None:
+    def response(places: slice) -> Callable[[Tensor], Tensor]:
+        return lambda y: y[:, places].sum(dim=1)
+
+    first, other = (fxpath.trace(module(), inputs()[:2], response=response(slice(n, n + 2))) for n in (1, 4))
+    assert first.response.name == other.response.name
+    run(Chosen(range(2)), tmp_path / "run.h5", first, selectors=["active"])
+    with pytest.raises(StoreError, match=r"another job \(response_is: there .*lambda"):
+        add_maps(Chosen(range(2)), tmp_path / "run.h5", other, methods=["gradient"])
+    add_maps(Chosen(range(2)), tmp_path / "run.h5", first, methods=["gradient"])
+
+
 def test_networks_without_pictures(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -766,6 +793,23 @@ def test_what_fxpath_does_not_know_is_refused_before_anything_is_computed(path: 
     with pytest.raises(StoreError, match="it holds /connectivity, which this version of fxpath does not know"):
         add_maps(data, path)
     assert data.read == []
+    assert leftovers(path.parent) == {"run.h5"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("threads", 10**9, "threads: expected a whole number of at most 4096, found 1000000000"),
+        ("threads", 0, "threads: expected a whole number of at least 1, found 0"),
+        ("micro_batch", 10**12, "micro_batch: expected a whole number of at most 65536, found 1000000000000"),
+        ("micro_batch", -4, "micro_batch: expected a whole number of at least 1, found -4"),
+    ],
+)
+def test_numbers_of_a_hostile_store_are_not_followed(path: Path, name: str, value: int, said: str) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = value
+    with pytest.raises(InputError, match=rf"run\.h5: {said}"):
+        add_maps(Chosen(range(10)), path)
     assert leftovers(path.parent) == {"run.h5"}
 
 
