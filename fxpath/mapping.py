@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -220,8 +220,8 @@ def checked_methods(methods: Sequence[Method | str]) -> dict[str, Method]:
     """Methods by key; raises `InputError` for none, one that is none, and one that is asked for twice."""
     asked: dict[str, Method] = {}
     for text in [methods] if isinstance(methods, str) else methods:
-        method = cast("Any", parse_method(text))  # which may be anything that is not a text
-        if isinstance(method, type) or not (isinstance(method, Method) and is_dataclass(method)):
+        method = parse_method(text)
+        if not _is_method(method):
             raise InputError(f"attribute: expected a method or its name, found {text!r}; for example 'gradient'")
         try:
             key = checked_map_key(method.key)
@@ -234,6 +234,10 @@ def checked_methods(methods: Sequence[Method | str]) -> dict[str, Method]:
     if not asked:
         raise InputError("attribute: expected at least one method, for example gradient or neuron_mct@0.9")
     return asked
+
+
+def _is_method(given: Any) -> bool:
+    return isinstance(given, Method) and is_dataclass(given) and not isinstance(given, type)
 
 
 def checked_reduction(reduction: str) -> Reduction:
