@@ -39,6 +39,9 @@ Granularity = Annotated[str, typer.Option(help="unit or channel")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for machines on stdout")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="where to write")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
+Labels = Annotated[Path | None, typer.Option(help="CSV with file,label")]
+Limit = Annotated[int | None, typer.Option(help="only the first so many images")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 _DIAGNOSE = "ablate some active neurons exactly, and keep the rank correlation of the scores with that"
 RESPONSE = "logit, probability, margin, pixel, region, token, detection or neuron, with :param=value,…"
 StoreFile = Annotated[Path, typer.Argument(help="an fxpath store (.h5)")]
@@ -144,8 +147,8 @@ def compute(
     sites: Sites = None,
     granularity: Granularity = "unit",
     response: Annotated[str, typer.Option(help=RESPONSE)] = "logit",
-    labels: Annotated[Path | None, typer.Option(help="CSV with file,label")] = None,
-    limit: Annotated[int | None, typer.Option(help="only the first so many images")] = None,
+    labels: Labels = None,
+    limit: Limit = None,
     micro_batch: Annotated[int | None, typer.Option(help="samples at a time (default 8); part of the job")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; part of the job")] = None,
     scores: Annotated[str | None, typer.Option(help="float16 or float32: keep all scores too")] = None,
@@ -154,7 +157,7 @@ def compute(
         int | None, typer.Option(help="how many of every site (default 16); implies --diagnose")
     ] = None,
     thumbnails: Annotated[int, typer.Option(help="size of small pictures to keep, 0 for none")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first sample that cannot be used")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say neurons, bytes and hours; write nothing")] = False,
     quiet: Quiet = False,

@@ -13,8 +13,11 @@ import typer
 
 from .cli import (
     RESPONSE,
+    Device,
     Granularity,
     Json,
+    Labels,
+    Limit,
     Model,
     Quiet,
     Sites,
@@ -51,13 +54,13 @@ def attribute(
     sites: Sites = None,
     granularity: Granularity = "unit",
     response: Annotated[str, typer.Option(help=RESPONSE)] = "logit",
-    labels: Annotated[Path | None, typer.Option(help="CSV with file,label")] = None,
-    limit: Annotated[int | None, typer.Option(help="only the first so many images")] = None,
+    labels: Labels = None,
+    limit: Limit = None,
     micro_batch: Annotated[int | None, typer.Option(help="samples at a time (default: the store's, else 8)")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: the store's)")] = None,
     thumbnails: Annotated[int, typer.Option(help="size of small pictures to keep in a new store, 0 for none")] = 0,
     figures: Annotated[Path | None, typer.Option(help=f"a folder for figures of the first {FIGURES} samples")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

@@ -237,7 +237,7 @@ def checked_methods(methods: Sequence[Method | str]) -> dict[str, Method]:
 
 
 def _is_method(given: Any) -> bool:
-    return isinstance(given, Method) and is_dataclass(given) and not isinstance(given, type)
+    return not isinstance(given, type) and is_dataclass(given) and isinstance(given, Method)
 
 
 def checked_reduction(reduction: str) -> Reduction:
