@@ -189,20 +189,23 @@ def _require_alike(active: npt.NDArray[np.uint8], known: Known, good: Sequence[i
 
 
 def _maps(network: Network, recipe: MapRecipe, key: str, samples: Samples, pathways: Pathways | None) -> Array:
-    """The signed maps `(B, H, W)` of one method, float64."""
-    method = recipe.methods[key]
+    """The signed maps `(B, H, W)` of one method, float64; NaN for samples with a value that is not finite."""
+    method, size = recipe.methods[key], picture_size(network)
     given = pathways if method.pathway is not None else None
     try:
         found = method.attribute(network, samples, samples.target, given)
-        size = picture_size(network)
         if found.ndim != 4 or found.shape[0] != samples.batch or tuple(found.shape[2:]) != size:
             wanted = f"({samples.batch}, channels, {size[0]}, {size[1]})"
             raise InputError(f"expected maps {wanted}, found {tuple(found.shape)}")
-        maps: Array = pixel_scores(found, recipe.reduction).detach().cpu().double().numpy()
+        finite = torch.isfinite(found).flatten(1).all(dim=1)
+        scores = pixel_scores(found.detach()[finite], recipe.reduction) if bool(finite.any()) else None
     except (SampleError, BranchError):
         raise
     except FxpathError as error:
         raise InputError(f"attribute: method {key} cannot work on this network: {error}; leave it out") from error
+    maps = np.full((samples.batch, *size), np.nan)
+    if scores is not None:
+        maps[finite.cpu().numpy()] = scores.cpu().double().numpy()
     return maps
 
 
