@@ -6,7 +6,10 @@ import io
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ import torch
 from footprint import unchanged
 from processes import leftovers
 from small_jobs import METHODS, Chosen, add_maps, by_sample, inputs, module, run, small
-from test_kill import Log, killed
+from test_kill import ENVIRONMENT, Log, killed
 from torch import Tensor, nn
 
 import fxpath
@@ -463,6 +466,36 @@ def test_a_job_from_nothing_is_killed(tmp_path: Path) -> None:
         assert sorted(seen["left"]) == sorted(BOTH[moment])
         assert (seen["again"], seen["end"]) == (0, ["run.h5"]), seen["stderr"]
         assert by_sample(tmp_path / str(number) / "run.h5") == by_sample(tmp_path / "undisturbed" / "run.h5")
+
+
+@pytest.mark.slow
+def test_squeezenet_killed_half_way(tmp_path: Path) -> None:
+    """`fxpath attribute` on photos, killed when some of the maps are there, and started again."""
+
+    def start(path: Path) -> subprocess.Popen[str]:
+        arguments = [
+            sys.executable, "-m", "fxpath", "attribute", "zoo:squeezenet1_1", "foolbox:imagenet", "-o", str(path),
+            "--method", "gradient", "neuron_mct@0.9", "neuron_mct@0.99", "--limit", "8", "--micro-batch", "2",
+            "--threads", "2", "--quiet",
+        ]  # fmt: skip
+        return subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+    with start(tmp_path / "undisturbed.h5") as process:
+        assert process.wait() == 0
+    path = tmp_path / "run.h5"
+    with start(path) as process:
+        while process.poll() is None and not (tmp_path / "run.h5.maps" / "part-0000001.h5").exists():
+            time.sleep(0.001)
+        between = path.read_bytes()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert path.read_bytes() == between
+    with start(path) as process:
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert "worked through now, 4 were there)" in said or "worked through now, 6 were there)" in said
+    assert by_sample(path) == by_sample(tmp_path / "undisturbed.h5")
+    assert leftovers(tmp_path) == {"run.h5", "undisturbed.h5"}
 
 
 # --- samples without a map ---
