@@ -2,6 +2,7 @@ from . import responses as responses
 from .attribution import pathway_gradient as pathway_gradient
 from .batch import compute as compute
 from .errors import FxpathError as FxpathError
+from .mapping import attribute as attribute
 from .network import Network as Network
 from .network import trace as trace
 from .neurons import NeuronIndex as NeuronIndex

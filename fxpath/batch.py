@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from tqdm import tqdm
 
-from .errors import InputError, SampleError, StoreError
+from .errors import SampleError, StoreError
 from .given import checked_path
-from .items import Item, collate, misfit, read_item
+from .items import Item, first_fit
 from .job import Job
-from .memory import kept_memory
 from .merging import merge_stores
 from .microbatch import compute_rows, require_labels
 from .network import Network
 from .parts import deflated, write_store
-from .progress import no_bars
 from .records import (
     held,
     part_name,
@@ -38,14 +31,14 @@ from .records import (
     remove_parts,
     require_same,
 )
-from .schema import Header, PathwayRows, Rows
+from .schema import PathwayRows, Rows
 from .selectors import Selector
 from .store import open_store
+from .workers import Writer, read_ahead, settings
 
 DEFAULT_SELECTORS = ("neuron_mct",)
 DEFAULT_SPARSITIES = (0.8, 0.9, 0.99)
 _TABLE = 600  # bytes that HDF5 itself takes for a table
-_TRIES = 8  # samples among which one should fit the network
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,8 @@ def compute(
     """Compute the pathways of every sample of a data set and keep them in one HDF5 file.
 
     `dataset` is map-style: `dataset[i]` is an input (tensor, tuple or dict of tensors without a batch axis) or
-    `(input, label)`; `dataset.ids`, if there, names the samples. `target`: "predicted", "labels" or a class number.
+    `(input, label)`; `dataset.ids`, if there, names the samples. Without selectors the store holds the samples, what
+    the network answers, and which neurons are active. `target`: "predicted", "labels" or a class number.
     `scores` "float16" or "float32" keeps all scores too, so that any sparsity can be cut later (`Store.cut`).
     `diagnose` > 0 ablates so many active neurons of every site and sample, each exactly, and keeps for every selector
     with scores Spearman's correlation of |score| with |Φ(x) − Φ(x; a_j ← 0)| over them: the diagnostics
@@ -173,57 +167,6 @@ def _join(folder: Path, names: Sequence[str], target: Path, *, progress: bool) -
     remove_parts(folder)
 
 
-@contextmanager
-def _settings(job: Job) -> Iterator[None]:
-    """The job's number of threads, and freed memory kept where the network runs on the CPU; as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(job.threads)
-    try:
-        with kept_memory() if job.network.device.type == "cpu" else nullcontext(), no_bars():
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _read(job: Job, number: int) -> list[Item]:
-    rows = job.rows(number)
-    names = job.ids[rows]
-    items = [
-        read_item(job.dataset, position, name, thumbnails=job.thumbnails)
-        for position, name in zip(range(rows.start, rows.stop), names, strict=True)
-    ]
-    reasons = [item.problem or misfit(item, job.network) for item in items]
-    return [
-        item if reason is None else Item(item.name, None, item.label, reason, item.thumbnail)
-        for item, reason in zip(items, reasons, strict=True)
-    ]
-
-
-def _first_fit(job: Job) -> Item | None:
-    """The first sample that can be used, None where there seems to be none among those that can be read.
-
-    Raises `InputError` where the whole data set seems not to fit, at once and not sample by sample.
-    """
-    wrong: tuple[str, str] | None = None
-    for position, name in enumerate(job.ids[:_TRIES]):
-        item = read_item(job.dataset, position, name)
-        reason = None if item.problem else misfit(item, job.network)
-        if item.problem is None and reason is None:
-            try:
-                job.network.real(collate([item], job.network).require_finite())
-            except SampleError:
-                continue
-            return item
-        if reason and not wrong:
-            wrong = name, reason
-    if wrong:
-        raise InputError(
-            f"compute: sample {wrong[0]!r} does not fit the network: {wrong[1]}. Check the preprocessing, or trace "
-            "the network with an example of this kind"
-        )
-    return None
-
-
 def _run(job: Job, *, progress: bool = True) -> Report:
     """Compute what is missing, then join the parts."""
     started = time.perf_counter()
@@ -231,8 +174,8 @@ def _run(job: Job, *, progress: bool = True) -> Report:
         remove_parts(job.folder)  # a kill after the merge leaves them
         return _reported(job, 0, started)
     job.found()
-    with held(job.folder), _settings(job):
-        job.settle(_first_fit(job))
+    with held(job.folder), settings(job.threads, job.network.device):
+        job.settle(first_fit(job.dataset, job.ids, job.network))
         missing = job.prepare(progress=progress)
         left = sum(len(job.ids[job.rows(number)]) for number in missing)
         _compute_parts(job, missing, len(job.ids) - left, progress=progress)
@@ -243,23 +186,27 @@ def _run(job: Job, *, progress: bool = True) -> Report:
 def _compute_parts(job: Job, missing: Sequence[int], done: int, *, progress: bool) -> None:
     """Compute and write parts. Those of which no sample can be used come last: they take their columns from another."""
     header = job.header
+
+    def write(number: int, rows: Rows) -> None:
+        write_store(job.folder / part_name(number), header, rows, complete=False)
+
     empty: dict[int, list[Item]] = {}
     bar = tqdm(total=len(job.ids), initial=done, desc="compute", unit="sample", disable=not progress)
-    with bar, _Writer(job.folder, header) as writer:
-        for number, items in _reading(job, missing):
+    with bar, Writer(write) as writer:
+        for number, items in read_ahead(job.read, missing, job.threads, job.network.device):
             require_labels(items, job.outputs or len(job.classes) or 2**63)
             rows = compute_rows(job.network, job.recipe, items)
             if "ok" in rows.samples["status"]:
-                writer.put(part_name(number), rows)
+                writer.put(number, rows)
             else:
                 reasons = zip(items, rows.samples["status"], strict=True)
                 empty[number] = [replace(item, inputs=None, problem=reason) for item, reason in reasons]
             bar.update(len(items))
     pattern = next((job.folder / part_name(n) for n in range(job.parts) if n not in empty), None)
-    with _Writer(job.folder, header) as writer:
+    with Writer(write) as writer:
         for number, items in empty.items():
             rows = compute_rows(job.network, job.recipe, items)
-            writer.put(part_name(number), rows if pattern is None else _with_diagnostics(rows, pattern))
+            writer.put(number, rows if pattern is None else _with_diagnostics(rows, pattern))
 
 
 def _with_diagnostics(rows: Rows, pattern: Path) -> Rows:
@@ -294,33 +241,13 @@ def _reported(job: Job, computed: int, started: float) -> Report:
     return Report(job.path, len(job.ids), computed, len(job.ids) - computed, failed, time.perf_counter() - started)
 
 
-def _reading(job: Job, numbers: Sequence[int]) -> Iterator[tuple[int, list[Item]]]:
-    """Items of each micro-batch; the next one is read while this one is computed."""
-    with ThreadPoolExecutor(1, thread_name_prefix="fxpath-read") as pool:
-        if job.network.device.type == "cpu":
-            pool.submit(_without_workers).result()
-            torch.set_num_threads(job.threads)  # torch remembers the last number for all threads to come
-        ahead: Future[list[Item]] | None = pool.submit(_read, job, numbers[0]) if numbers else None
-        for place, number in enumerate(numbers):
-            assert ahead is not None
-            items = ahead.result()
-            ahead = pool.submit(_read, job, numbers[place + 1]) if place + 1 < len(numbers) else None
-            yield number, items
-
-
-def _without_workers() -> None:
-    """Let this thread work alone: with workers of its own there are more than cores, and all sleep at every barrier."""
-    torch.set_num_threads(1)
-    torch.get_num_threads()  # a thread that has never asked takes the number over from others when it first does
-
-
 def _plan(job: Job) -> Plan:
     """Time and size, from the first micro-batch, computed twice: the first run pays for warming up."""
     finished = job.finished()
     found = [] if finished else job.found()
-    with _settings(job):
-        job.settle(_first_fit(job))
-        items = _read(job, 0)
+    with settings(job.threads, job.network.device):
+        job.settle(first_fit(job.dataset, job.ids, job.network))
+        items = job.read(0)
         compute_rows(job.network, job.recipe, items)
         started = time.perf_counter()
         rows = compute_rows(job.network, job.recipe, items)
@@ -347,37 +274,3 @@ def _stored_size(rows: Rows) -> int:
     tables += [values for values, _ in rows.scores.values()]
     tables += [] if rows.thumbnails is None else [rows.thumbnails]
     return sum(len(deflated(row)) for table in tables for row in table)
-
-
-class _Writer:
-    """Writes finished micro-batches in a thread of its own, so that computing never waits for compression."""
-
-    def __init__(self, folder: Path, header: Header) -> None:
-        self.folder, self.header = folder, header
-        self.waiting: queue.Queue[tuple[str, Rows] | None] = queue.Queue(maxsize=2)
-        self.failure: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, name="fxpath-write", daemon=True)
-
-    def __enter__(self) -> _Writer:
-        self.thread.start()
-        return self
-
-    def put(self, name: str, rows: Rows) -> None:
-        """Hand over a micro-batch; raises here what went wrong with an earlier one."""
-        if self.failure is not None:
-            raise self.failure
-        self.waiting.put((name, rows))
-
-    def _work(self) -> None:
-        while (item := self.waiting.get()) is not None:
-            if self.failure is None:
-                try:
-                    write_store(self.folder / item[0], self.header, item[1], complete=False)
-                except BaseException as error:  # raised again in the thread that computes
-                    self.failure = error
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.waiting.put(None)
-        self.thread.join()  # what is computed is kept, also when the job is stopped
-        if kind is None and self.failure is not None:
-            raise self.failure

@@ -39,8 +39,11 @@ Granularity = Annotated[str, typer.Option(help="unit or channel")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for machines on stdout")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="where to write")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
+Labels = Annotated[Path | None, typer.Option(help="CSV with file,label")]
+Limit = Annotated[int | None, typer.Option(help="only the first so many images")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 _DIAGNOSE = "ablate some active neurons exactly, and keep the rank correlation of the scores with that"
-_RESPONSE = "logit, probability, margin, pixel, region, token, detection or neuron, with :param=value,…"
+RESPONSE = "logit, probability, margin, pixel, region, token, detection or neuron, with :param=value,…"
 StoreFile = Annotated[Path, typer.Argument(help="an fxpath store (.h5)")]
 
 
@@ -98,7 +101,7 @@ def list_sites(
     weights: Weights = None,
     sites: Sites = None,
     granularity: Granularity = "unit",
-    response: Annotated[str, typer.Option(help=_RESPONSE)] = "logit",
+    response: Annotated[str, typer.Option(help=RESPONSE)] = "logit",
     tree: Annotated[bool, typer.Option("--tree", help="the sites as a tree of modules instead")] = False,
     dot: Annotated[Path | None, typer.Option(help="write the site graph: .dot, .gv, .svg, .png or .pdf")] = None,
     as_json: Json = False,
@@ -143,9 +146,9 @@ def compute(
     weights: Weights = None,
     sites: Sites = None,
     granularity: Granularity = "unit",
-    response: Annotated[str, typer.Option(help=_RESPONSE)] = "logit",
-    labels: Annotated[Path | None, typer.Option(help="CSV with file,label")] = None,
-    limit: Annotated[int | None, typer.Option(help="only the first so many images")] = None,
+    response: Annotated[str, typer.Option(help=RESPONSE)] = "logit",
+    labels: Labels = None,
+    limit: Limit = None,
     micro_batch: Annotated[int | None, typer.Option(help="samples at a time (default 8); part of the job")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; part of the job")] = None,
     scores: Annotated[str | None, typer.Option(help="float16 or float32: keep all scores too")] = None,
@@ -154,7 +157,7 @@ def compute(
         int | None, typer.Option(help="how many of every site (default 16); implies --diagnose")
     ] = None,
     thumbnails: Annotated[int, typer.Option(help="size of small pictures to keep, 0 for none")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first sample that cannot be used")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say neurons, bytes and hours; write nothing")] = False,
     quiet: Quiet = False,
@@ -201,14 +204,14 @@ def compute(
 
 def say_stopped(output: Path) -> None:
     """What is left of a job that was interrupted, and how to go on."""
-    from .records import parts_folder, parts_found
+    from .records import maps_folder, parts_folder, parts_found
 
-    folder = parts_folder(output)
-    kept = len(parts_found(folder))
-    if kept:
-        say(f"stopped; {kept} finished micro-batches are kept in {folder}. The same command goes on there.")
-    else:
-        say("stopped before the first micro-batch was finished; nothing is kept.")
+    for folder in (parts_folder(output), maps_folder(output)):
+        kept = len(parts_found(folder))
+        if kept:
+            say(f"stopped; {kept} finished micro-batches are kept in {folder}. The same command goes on there.")
+            return
+    say("stopped before the first micro-batch was finished; nothing is kept.")
 
 
 def planned(plan: Plan) -> str:
@@ -250,10 +253,10 @@ def info(store: StoreFile, as_json: Json = False) -> None:
             "file": str(store), "bytes": store.stat().st_size, "model": header.model, "fingerprint": header.fingerprint,
             "complete": opened.complete, "samples": len(opened), "failed": int((~opened.ok).sum()),
             "sites": len(opened.index), "neurons": opened.index.size, "granularity": opened.index.granularity,
-            "pathways": list(opened.keys), "scores": list(opened.score_families), "target": header.target,
-            "response": header.response, "micro_batch": header.micro_batch, "threads": header.threads,
-            "precision": header.precision, "preprocessing": header.preprocessing, "created": header.created,
-            "versions": json.loads(header.versions or "{}"),
+            "pathways": list(opened.keys), "scores": list(opened.score_families), "maps": list(opened.map_keys),
+            "target": header.target, "response": header.response, "micro_batch": header.micro_batch,
+            "threads": header.threads, "precision": header.precision, "preprocessing": header.preprocessing,
+            "created": header.created, "versions": json.loads(header.versions or "{}"),
         }  # fmt: skip
     if as_json:
         answer(data | ({"ablation_correlation": diagnosed} if diagnosed else {}))
@@ -324,7 +327,7 @@ def demo(
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
-    """Let one `--sparsity` be followed by several numbers and one `--selector` by several selectors.
+    """Let one `--sparsity` be followed by several numbers, `--selector` by several selectors, `--method` by methods.
 
     >>> spread(["--sparsity", "0.8", "0.9", "-o", "run.h5"])
     ['--sparsity', '0.8', '--sparsity', '0.9', '-o', 'run.h5']
@@ -357,7 +360,19 @@ def _is_selector(text: str) -> bool:
     return text.partition(":")[0] in names()
 
 
-_REPEATED: dict[str, Callable[[str], bool]] = {"--sparsity": _is_number, "--selector": _is_selector}
+def _is_method(text: str) -> bool:
+    from .methods import parse_method
+
+    try:
+        parse_method(text)
+    except FxpathError:
+        return False
+    return True
+
+
+_REPEATED: dict[str, Callable[[str], bool]] = {
+    "--sparsity": _is_number, "--selector": _is_selector, "--method": _is_method,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -370,3 +385,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except FxpathError as error:
             say(f"fxpath: {' '.join(str(error).split())}")
             sys.exit(2)
+
+
+from . import cli_attribute as cli_attribute  # noqa: E402  its command registers itself

@@ -51,10 +51,12 @@ def checked_ids(dataset: Any) -> list[str]:
     return ids
 
 
-def checked_number(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least `least`."""
+def checked_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """A whole number of at least `least`, and of no more than `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name}: expected a whole number of at least {least}, found {value!r}")
+    if most is not None and value > most:
+        raise InputError(f"{name}: expected a whole number of at most {most}, found {value!r}")
     return value
 
 
@@ -70,9 +72,7 @@ def checked_target(target: str | int, dataset: Any) -> str:
 
 
 def checked_recipe(recipe: Recipe) -> Recipe:
-    """A recipe that asks for each pathway once; raises `InputError` for any other."""
-    if not recipe.selectors:
-        raise InputError("compute: expected at least one selector, found none")
+    """A recipe that asks for each pathway once, or for none; raises `InputError` for any other."""
     if not recipe.sparsities and not all(selector.single for selector in recipe.selectors):
         raise InputError("compute: expected at least one sparsity, for example 0.9")
     for selector in recipe.selectors:
@@ -104,21 +104,21 @@ def checked_thumbnails(size: int, dataset: Any) -> int:
     return size
 
 
-def checked_path(path: Path) -> Path:
+def checked_path(path: Path, *, said: str = "compute") -> Path:
     """A path that can be a file's; raises `StoreError` for a folder and for what cannot be reached."""
-    with reachable(path):
+    with reachable(path, said=said):
         if not path.name or path.is_dir():
-            raise StoreError(f"compute: {path} is a folder; give a file name such as {path / 'run.h5'}")
+            raise StoreError(f"{said}: {path} is a folder; give a file name such as {path / 'run.h5'}")
     return path
 
 
 @contextmanager
-def reachable(path: Path) -> Iterator[None]:
+def reachable(path: Path, *, said: str = "compute") -> Iterator[None]:
     """Turn what a strange or forbidden path raises into a `StoreError`."""
     try:
         yield
     except (OSError, ValueError) as error:
         if isinstance(error, FxpathError):
             raise
-        said = getattr(error, "strerror", None) or error
-        raise StoreError(f"compute: {path} cannot be reached ({said}); choose another output file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"{said}: {path} cannot be reached ({reason}); choose another output file") from error

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Subset
 
-from .errors import FxpathError, InputError
+from .errors import FxpathError, InputError, SampleError
 from .network import Network
 from .samples import Samples
 
 _LONGEST = 300  # characters of a status; texts in a store are as wide as the longest
+_TRIES = 8  # samples among which one should fit the network
 
 
 @dataclass(frozen=True)
@@ -118,3 +119,43 @@ def collate(items: Sequence[Item], network: Network) -> Samples:
     leaves = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
     inputs = _arguments(pytree.tree_unflatten(leaves, structure), lambda leaf: leaf)
     return Samples(inputs, ids=[item.name for item in items]).to(network.device)
+
+
+def read_fitting(
+    dataset: Any, rows: slice, names: Sequence[str], network: Network, *, thumbnails: int = 0
+) -> list[Item]:
+    """Samples number `rows` of a data set by their names; those that do not fit the network have that as problem."""
+    items = [
+        read_item(dataset, position, name, thumbnails=thumbnails)
+        for position, name in zip(range(rows.start, rows.stop), names, strict=True)
+    ]
+    reasons = [item.problem or misfit(item, network) for item in items]
+    return [
+        item if reason is None else Item(item.name, None, item.label, reason, item.thumbnail)
+        for item, reason in zip(items, reasons, strict=True)
+    ]
+
+
+def first_fit(dataset: Any, names: Sequence[str], network: Network, *, said: str = "compute") -> Item | None:
+    """The first sample that can be used, None where there seems to be none among those that can be read.
+
+    Raises `InputError` where the whole data set seems not to fit, at once and not sample by sample.
+    """
+    wrong: tuple[str, str] | None = None
+    for position, name in enumerate(names[:_TRIES]):
+        item = read_item(dataset, position, name)
+        reason = None if item.problem else misfit(item, network)
+        if item.problem is None and reason is None:
+            try:
+                network.real(collate([item], network).require_finite())
+            except SampleError:
+                continue
+            return item
+        if reason and not wrong:
+            wrong = name, reason
+    if wrong:
+        raise InputError(
+            f"{said}: sample {wrong[0]!r} does not fit the network: {wrong[1]}. Check the preprocessing, or trace "
+            "the network with an example of this kind"
+        )
+    return None

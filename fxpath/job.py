@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .errors import EmptyPathwaysWarning, RestrictionError, StoreError
 from .given import (
@@ -31,10 +28,11 @@ from .given import (
     checked_thumbnails,
     reachable,
 )
-from .items import Item, collate
+from .items import Item, collate, read_fitting
 from .keys import checked_sparsities, exact_sparsity
 from .microbatch import Recipe
 from .network import Network
+from .parted import Parted
 from .placement import SIZES, PlacementWarning, settled, tried
 from .records import (
     part_name,
@@ -44,7 +42,6 @@ from .records import (
     record_of,
     require_readable,
     require_same,
-    write_record,
 )
 from .responses import identity
 from .schema import Header
@@ -66,12 +63,15 @@ def software_versions() -> dict[str, str]:
     return found
 
 
-class Job:
+class Job(Parted):
     """One data set, one network, one file: everything that `compute` and `--dry-run` share.
 
     Micro-batch and threads that are not given are those of the parts or the store that is there; where nothing is
     there, `settle` chooses the micro-batch.
     """
+
+    said = "compute"
+    way_out = "remove that folder, or choose another output file"
 
     def __init__(
         self,
@@ -224,18 +224,14 @@ class Job:
         return data
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of the record."""
-        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
+    def micro_batch(self) -> int:
+        """Samples at a time."""
+        return self.recipe.micro_batch
 
-    @property
-    def parts(self) -> int:
-        """Number of micro-batches."""
-        return math.ceil(len(self.ids) / self.recipe.micro_batch)
-
-    def rows(self, number: int) -> slice:
+    def read(self, number: int) -> list[Item]:
         """The samples of micro-batch `number`."""
-        return slice(number * self.recipe.micro_batch, min((number + 1) * self.recipe.micro_batch, len(self.ids)))
+        rows = self.rows(number)
+        return read_fitting(self.dataset, rows, self.ids[rows], self.network, thumbnails=self.thumbnails)
 
     # --- what is there already ---
 
@@ -247,33 +243,9 @@ class Job:
         require_same(self.record, self.before or {}, str(self.path), way_out)
         return True
 
-    def found(self) -> list[int]:
-        """The numbers of the parts that are there, whole or not; raises `StoreError` where they are another job's."""
-        with reachable(self.folder):
-            found = parts_found(self.folder)
-        if found:
-            way_out = "remove that folder, or choose another output file"
-            require_same(self.record, read_record(self.folder), str(self.folder), way_out)
-        return found
-
-    def prepare(self, *, progress: bool = False) -> list[int]:
-        """Make the folder of parts, or look at the one there is; returns the numbers of the parts that are missing."""
-        found = self.found()
-        if not found:
-            write_record(self.folder, self.record)
-        shown = tqdm(found, desc="look at parts", unit="part", disable=not progress, leave=False)
-        whole = {number for number in shown if number < self.parts and self.is_whole(number)}
-        return [number for number in range(self.parts) if number not in whole]
-
-    def is_whole(self, number: int) -> bool:
-        """Whether a part is this job's and can be read to its last byte; says so where it is not."""
-        part = self.folder / part_name(number)
-        try:
-            with open_store(part) as store:
-                if store.header.notes.get("job") != self.digest or list(store.ids) != self.ids[self.rows(number)]:
-                    raise StoreError(f"{part}: expected samples of this job, found others")
-                require_readable(store)
-                return True
-        except StoreError as error:
-            tqdm.write(f"compute: {error}; this part is computed again", file=sys.stderr)
-            return False
+    def look_at(self, part: Path, number: int) -> None:
+        """Read the part of micro-batch `number` to its last byte; raises `StoreError` where it is not this job's."""
+        with open_store(part) as store:
+            if store.header.notes.get("job") != self.digest or list(store.ids) != self.ids[self.rows(number)]:
+                raise StoreError(f"{part}: expected samples of this job, found others")
+            require_readable(store)

@@ -12,6 +12,7 @@ from .errors import InputError, SparsityError, StoreError, unknown
 
 type_of_parameter = bool | int | float | str
 
+_MAP_KEY = re.compile(r"[a-z][A-Za-z0-9_:=.,@*+-]{0,199}")
 _KEY = re.compile(r"(?P<selector>[a-z][a-z0-9_]*)(?::(?P<parameters>[^@/]+))?(?:@(?P<sparsity>[^@/]+))?")
 
 
@@ -88,6 +89,19 @@ class PathwayKey:
             parameters[name] = parse_value(value)
         sparsity = match["sparsity"]
         return cls(match["selector"], parameters, None if sparsity is None else float(exact_sparsity(sparsity)))
+
+
+def checked_map_key(text: str) -> str:
+    """The key of stored attribution maps, such as `neuron_mct@0.9*`; raises `StoreError` where it has another form.
+
+    Only the form is looked at, as what there is to be named needs torch: at most 200 letters, digits and `_:=.,@*+-`.
+    """
+    if not _MAP_KEY.fullmatch(text):
+        raise StoreError(
+            "map key: expected <method>[:param=value,…] or a pathway's key, of letters, digits and _:=.,@*+- (at most "
+            f"200), found {text[:200]!r}; for example gradient or neuron_mct@0.9*"
+        )
+    return text
 
 
 def parse_value(text: str) -> type_of_parameter:

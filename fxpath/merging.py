@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,14 @@ from typing import Any
 import h5py
 import numpy as np
 
+from .columns import StoredPathway
 from .errors import StoreError
-from .hdf5 import Array, attribute, read, read_text, reading
-from .parts import StoredPathway, appearing, create_table, move_rows, write_header, write_rows
+from .hdf5 import TEXT, Array, attribute, read, read_text, reading, table
+from .maptables import MAP_PART, StoredMap, map_attributes, map_names, map_tables
+from .parts import appearing, create_table, move_rows, write_header, write_rows
 from .schema import (
+    HEADER_ATTRIBUTES,
+    SCHEMA,
     Header,
     active_table,
     moves_as_it_is,
@@ -32,6 +37,8 @@ from .schema import (
     score_tables,
 )
 
+_MEMBERS = frozenset(("sites", "classes", "samples", "active", "pathways", "scores", "maps"))
+
 
 def merge_stores(
     parts: Sequence[str | os.PathLike[str]],
@@ -44,37 +51,101 @@ def merge_stores(
 
     Compressed chunks move as they are and memory does not grow with the samples. `path` may be one of the parts.
     Root notes are united, the first part's wins. `progress(done, total)` is told of samples. Raises `StoreError`
-    that names the part and the field where a part is damaged, of another model, job or layout, or repeats an id.
+    that names the part and the field where a part is damaged, of another model, job or layout, repeats an id, or has
+    maps that another lacks.
     """
     if not parts:
         raise StoreError(f"{path}: joining needs at least one part, found none; give the part files of one job")
     surveys = []
     seen: dict[str, Path] = {}
     for part in map(Path, parts):
-        surveys.append(_survey(part, seen))
-        _compare(surveys[0], surveys[-1])
+        surveys.append(_survey_store(part, seen))
+        _compare_stores(surveys[0], surveys[-1])
     first = surveys[0]
     total = sum(survey.samples for survey in surveys)
     notes = {name: value for survey in reversed(surveys) for name, value in survey.header.notes.items()}
     with appearing(Path(path)) as file:
-        write_header(file, replace(first.header, notes=notes), first.pathways, complete)
-        writers = {}
-        for name, (dtype, tail) in first.tables.items():
-            width = max(survey.tables[name][0].itemsize for survey in surveys) if dtype.kind == "S" else dtype.itemsize
-            merged = np.dtype(f"S{width}") if dtype.kind == "S" else dtype
-            writers[name] = _Joined(create_table(file, name, (total, *tail), merged))
-        done = 0
-        for survey in surveys:
-            with open_file(survey.path) as source:
-                for name, writer in writers.items():
-                    with reading(source, name):
-                        rows = h5py.Dataset(h5py.h5d.open(source.id, name.encode()))
-                    writer.append(rows)
-            done += survey.samples
-            if progress is not None:
-                progress(done, total)
-        for writer in writers.values():
-            writer.flush()
+        write_header(file, replace(first.header, notes=notes), first.pathways, first.maps, complete)
+        _join(file, surveys, lambda done: None if progress is None else progress(done, total))
+
+
+def add_maps(
+    path: str | os.PathLike[str],
+    parts: Sequence[str | os.PathLike[str]],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Add to the store at `path` the maps of all its samples, from parts that `write_map_part` wrote, in order.
+
+    The store with its maps is a new file that takes the old one's name: all that was there moves as it is. Raises
+    `StoreError` where a part is damaged, of other samples or methods, or has maps that are there already, and where
+    the store holds what would be lost.
+    """
+    old = _survey_store(Path(path), {})
+    require_nothing_foreign(old.path)
+    surveys = [_survey_maps(Path(part)) for part in parts]
+    for survey in surveys:
+        _compare(surveys[0], survey)
+    ids = [name for survey in surveys for name in survey.ids]
+    if not surveys or ids != old.ids:
+        raise StoreError(f"{path}: expected maps of its {old.samples} samples in order, found {len(ids)} of others")
+    again = surveys[0].maps.keys() & old.maps.keys()
+    if again:
+        raise StoreError(f"{path}: expected maps that it does not have yet, found {', '.join(sorted(again))}")
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress(done, 2 * old.samples)
+
+    with appearing(old.path) as file:
+        shutil.copymode(old.path, file.filename)
+        write_header(file, old.header, old.pathways, old.maps | surveys[0].maps, old.complete)
+        _join(file, [old], told)
+        _join(file, surveys, lambda done: told(old.samples + done))
+
+
+def check_map_part(path: str | os.PathLike[str], job: str, ids: Sequence[str]) -> None:
+    """Read a part of maps to its last byte; raises `StoreError` where it is damaged, or another job's or samples'."""
+    with open_file(path, MAP_PART) as file:
+        names = read_text(table(file, "id", TEXT, (None,))).tolist()
+        if attribute(file, "job", str) != job or names != list(ids):
+            raise StoreError(f"{path}: expected samples of this job, found others")
+        for found in _maps_of(file, len(names))[1].values():
+            read(found)
+
+
+def require_nothing_foreign(path: str | os.PathLike[str]) -> None:
+    """Raise `StoreError` where a store holds what fxpath did not write, and would lose on writing it anew."""
+    with open_file(path) as file, reading(file, "/"):
+        known = {*HEADER_ATTRIBUTES, *read_header(file).notes}
+        foreign = [f"/{name}" for name in file if name not in _MEMBERS]
+        foreign += [f"attribute {name!r}" for name in file.attrs if name not in known]
+    if foreign:
+        raise StoreError(
+            f"{path}: it holds {', '.join(foreign[:5])}, which this version of fxpath does not know and would lose; "
+            "keep that in a file of its own (an attribute: as fixed-length text), or update fxpath"
+        )
+
+
+def _join(file: h5py.File, surveys: Sequence[_Survey], told: Callable[[int], None]) -> None:
+    """Write the tables of the files looked at along their samples; `told` is told of samples."""
+    total = sum(survey.samples for survey in surveys)
+    writers = {}
+    for name, (dtype, tail) in surveys[0].tables.items():
+        width = max(survey.tables[name][0].itemsize for survey in surveys) if dtype.kind == "S" else dtype.itemsize
+        merged = np.dtype(f"S{width}") if dtype.kind == "S" else dtype
+        writers[name] = _Joined(create_table(file, name, (total, *tail), merged))
+    done = 0
+    for survey in surveys:
+        with open_file(survey.path, survey.schema) as source:
+            for name, writer in writers.items():
+                with reading(source, name):
+                    rows = h5py.Dataset(h5py.h5d.open(source.id, name.encode()))
+                writer.append(rows)
+        done += survey.samples
+        told(done)
+    for writer in writers.values():
+        writer.flush()
 
 
 class _Joined:
@@ -89,7 +160,8 @@ class _Joined:
 
     def append(self, source: h5py.Dataset) -> None:
         """Add all rows of a checked table; raises `StoreError` where it is damaged."""
-        if self.by_sample and source.chunks == self.chunks and source.compression == "gzip":
+        whole = self.by_sample or source.id.shape == self.dataset.id.shape
+        if whole and source.chunks == self.chunks and source.compression == "gzip":
             move_rows(self.dataset, self.position, source)
             self.position += source.shape[0]
             return
@@ -112,22 +184,37 @@ class _Joined:
 
 @dataclass(frozen=True)
 class _Survey:
+    """What a file of some samples holds, and what a message calls it."""
+
     path: Path
+    schema: str
+    said: str
+    ids: list[str]
+    maps: dict[str, StoredMap]
+    tables: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+    @property
+    def samples(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class _StoreSurvey(_Survey):
     header: Header
     pathways: dict[str, StoredPathway]
-    tables: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
-    samples: int
+    complete: bool
 
 
-def _survey(path: Path, seen: dict[str, Path]) -> _Survey:
-    """Open a part and look at all its tables; its ids are added to `seen`."""
+def _survey_store(path: Path, seen: dict[str, Path]) -> _StoreSurvey:
+    """Open a store, or a part of one, and look at all its tables; its ids are added to `seen`."""
     with open_file(path) as file:
         header = read_header(file)
-        attribute(file, "complete", int)
+        complete = bool(attribute(file, "complete", int))
         tables = {"active": active_table(file, header.index)}
         count = tables["active"].shape[0]
         tables |= {f"samples/{name}": table for name, table in sample_tables(file, count, len(header.index)).items()}
-        for name in read_text(tables["samples/id"]).tolist():
+        ids = read_text(tables["samples/id"]).tolist()
+        for name in ids:
             if name in seen:
                 raise StoreError(
                     f"{path}: expected samples that no other part has, found id {name!r}, which is in {seen[name]} "
@@ -144,11 +231,31 @@ def _survey(path: Path, seen: dict[str, Path]) -> _Survey:
         for family in names_below(file, "scores"):
             found = score_tables(file, family, header.index, count)
             tables |= {f"scores/{family}/{name}": table for name, table in found.items()}
-        kinds = {name: (table.id.dtype, table.id.shape[1:]) for name, table in tables.items()}
-        return _Survey(path, header, pathways, kinds, count)
+        maps, more = _maps_of(file, count)
+        said = f"{path} (of {header.model})"
+        return _StoreSurvey(path, SCHEMA, said, ids, maps, _kinds(tables | more), header, pathways, complete)
 
 
-def _compare(first: _Survey, other: _Survey) -> None:
+def _survey_maps(path: Path) -> _Survey:
+    """Open a part that holds maps alone, and look at all its tables."""
+    with open_file(path, MAP_PART) as file:
+        names = table(file, "id", TEXT, (None,))
+        maps, tables = _maps_of(file, names.shape[0])
+        return _Survey(path, MAP_PART, str(path), read_text(names).tolist(), maps, _kinds(tables))
+
+
+def _maps_of(file: h5py.File, count: int) -> tuple[dict[str, StoredMap], dict[str, h5py.Dataset]]:
+    tables: dict[str, h5py.Dataset] = {}
+    for key in map_names(file):
+        tables |= {f"maps/{key}/{name}": found for name, found in map_tables(file, key, count).items()}
+    return {key: map_attributes(file, key) for key in map_names(file)}, tables
+
+
+def _kinds(tables: dict[str, h5py.Dataset]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    return {name: (table.id.dtype, table.id.shape[1:]) for name, table in tables.items()}
+
+
+def _compare_stores(first: _StoreSurvey, other: _StoreSurvey) -> None:
     """Raise `StoreError` where two parts are not of one job, naming the part and the field."""
     ours, theirs = first.header.identity(), other.header.identity()
     for name in ours:
@@ -159,6 +266,16 @@ def _compare(first: _Survey, other: _Survey) -> None:
     for key, pathway in first.pathways.items():
         if pathway != other.pathways[key]:
             _differ(first, other, f"parameters of {key}", pathway.parameters, other.pathways[key].parameters)
+    _compare(first, other)
+
+
+def _compare(first: _Survey, other: _Survey) -> None:
+    """Raise `StoreError` where two files have other maps or tables of another kind."""
+    if first.maps.keys() != other.maps.keys():
+        _differ(first, other, "map keys", ", ".join(first.maps) or "none", ", ".join(other.maps))
+    for key, made in first.maps.items():
+        if made != other.maps[key]:
+            _differ(first, other, f"parameters of the maps {key}", made, other.maps[key])
     if first.tables.keys() != other.tables.keys():
         ours_only, theirs_only = first.tables.keys() - other.tables.keys(), other.tables.keys() - first.tables.keys()
         _differ(first, other, "tables", ", ".join(sorted(ours_only)) or "no others", ", ".join(sorted(theirs_only)))
@@ -179,7 +296,6 @@ def _where(ours: object, theirs: object) -> tuple[object, object]:
 
 def _differ(first: _Survey, other: _Survey, name: str, ours: object, theirs: object) -> None:
     raise StoreError(
-        f"{other.path} (of {other.header.model}): cannot be joined with {first.path} (of {first.header.model}): its "
-        f"{name} differs: expected {str(ours)[:400]}, found {str(theirs)[:400] or 'none'}; only parts of one job make "
-        "one store"
+        f"{other.said}: cannot be joined with {first.said}: its {name} differs: expected {str(ours)[:400]}, found "
+        f"{str(theirs)[:400] or 'none'}; only parts of one job make one store"
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from .selectors import Selector
 from .selectors.registry import family, parameters
 
 Array = npt.NDArray[Any]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -96,29 +97,58 @@ def compute_rows(network: Network, recipe: Recipe, items: Sequence[Item]) -> Row
             "no label, and the job explains labels" if state == "ok" and item.label < 0 else state
             for state, item in zip(status, items, strict=True)
         ]
-    while True:
-        good = [position for position, state in enumerate(status) if state == "ok"]
+
+    def filled(good: Sequence[int]) -> _Filling:
         _refuse(recipe, items, status)
         rows = _Filling(network, recipe, items)
-        if not good:
-            return rows.done(status)
-        try:
+        if good:
             rows.fill(good)
+        return rows
+
+    return with_usable(status, filled, lambda good: branching(network, items, good, recipe.micro_batch)).done(status)
+
+
+def with_usable(
+    status: list[str], work: Callable[[Sequence[int]], _T], alone: Callable[[Sequence[int]], dict[int, str]]
+) -> _T:
+    """`work` on the rows whose `status` is "ok", again without those that turn out to be unusable, until it goes well.
+
+    Those get their reason as status: of a `SampleError`, or of what `alone` gives after a `BranchError`, which does
+    not say whose branch it is.
+    """
+    while True:
+        good = [position for position, state in enumerate(status) if state == "ok"]
+        try:
+            return work(good)
         except SampleError as error:
             for row, reason in zip(error.positions, error.reasons, strict=True):
                 if row < len(good):
                     status[good[row]] = reason
             if all(status[position] == "ok" for position in good):
                 raise
-            continue
         except BranchError:
-            reasons = rows.branching(good)
+            reasons = alone(good)
             if not reasons:  # each alone takes the graph's
                 raise
             for position, reason in reasons.items():
                 status[position] = reason
-            continue
-        return rows.done(status)
+
+
+def branching(network: Network, items: Sequence[Item], good: Sequence[int], micro_batch: int) -> dict[int, str]:
+    """Those of the items `good` that take another branch of the model than the graph holds, with the reason."""
+    found: dict[int, str] = {}
+    for position in good:
+        samples = collate([items[position]] * micro_batch, network)
+        try:
+            network._require_branches(samples)
+        except BranchError as error:
+            found[position] = reason_of(error)
+    return found
+
+
+def padded(good: Sequence[int], micro_batch: int) -> list[int]:
+    """Row numbers filled up to a micro-batch by repeating the first."""
+    return [*good, *[good[0]] * (micro_batch - len(good))]
 
 
 def _refuse(recipe: Recipe, items: Sequence[Item], status: Sequence[str]) -> None:
@@ -156,8 +186,7 @@ class _Filling:
     def fill(self, good: Sequence[int]) -> None:
         """Compute the rows `good`; raises `SampleError` with positions within `good`."""
         recipe, network = self.recipe, self.network
-        filled = [*good, *[good[0]] * (recipe.micro_batch - len(good))]
-        items = [self.items[position] for position in filled]
+        items = [self.items[position] for position in padded(good, recipe.micro_batch)]
         samples = replace(collate(items, network), target=self._target(items)).require_finite()
         original = network.original(samples)
         samples = replace(samples, target=original.target)
@@ -186,17 +215,6 @@ class _Filling:
                 self._note_missing(columns, selection.reasons(sparsity, samples.batch), good)
             if own in self.scores and selection.scores is not None:
                 self._note_scores(own, selection.scores.signed[:count], good)
-
-    def branching(self, good: Sequence[int]) -> dict[int, str]:
-        """Those of the rows `good` that take another branch of the model than the graph holds, with the reason."""
-        found: dict[int, str] = {}
-        for position in good:
-            samples = collate([self.items[position]] * self.recipe.micro_batch, self.network)
-            try:
-                self.network._require_branches(samples)
-            except BranchError as error:
-                found[position] = reason_of(error)
-        return found
 
     def _target(self, items: Sequence[Item]) -> list[int] | int | None:
         if self.recipe.target == "labels":

@@ -3,56 +3,38 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 from isal import isal_zlib
 
-from .errors import FxpathError, StoreError, unknown
-from .hdf5 import TEXT, Array, reading
-from .neurons import NeuronIndex
-from .schema import (
-    ATTRIBUTE,
-    HEADER_ATTRIBUTES,
-    SAMPLE_COLUMNS,
-    SCHEMA,
-    VERSION,
-    Header,
-    PathwayRows,
-    Rows,
-    check_header,
-    chunk_shape,
-    parse_key,
-    pathway_columns,
+from .columns import (
+    StoredPathway,
+    converted,
+    described,
+    described_map,
+    map_arrays,
+    sample_arrays,
+    site_tables,
+    stored_text,
 )
+from .errors import FxpathError, StoreError
+from .hdf5 import TEXT, Array, reading
+from .maptables import MAP_PART, MapRows, StoredMap
+from .schema import ATTRIBUTE, HEADER_ATTRIBUTES, SCHEMA, VERSION, Header, Rows, check_header, chunk_shape
 
 _LEVEL = 1  # deflate: higher levels gain a few per cent on pathway bits and take several times as long
 _SMALL = 2**14  # bytes of a block
 _LARGE = 2**20  # bytes from which on more threads than one deflate a table
 _AT_ONCE = 64  # chunks of it, so that few wait in memory to be written
-_DIAGNOSTIC = re.compile(r"diagnostics/\w[\w.-]*")
-_DEFAULTS: dict[str, Any] = {"prediction": -1, "label_rank": -1}
-
-
-@dataclass(frozen=True)
-class StoredPathway:
-    """What a pathway's attributes say; `parameters` is JSON with sorted names, so that equal sets are equal text."""
-
-    selector: str
-    parameters: str
-    sparsity: float | None
 
 
 def write_store(
@@ -72,12 +54,29 @@ def write_store(
         check_header(header)
     except ValueError as problem:
         raise StoreError(f"{path}: cannot write the header: {problem}") from None
-    pathways = {key: _described(key, pathway) for key, pathway in rows.pathways.items()}
-    tables = _tables(header, rows, id_length)
+    pathways = {key: described(key, pathway) for key, pathway in rows.pathways.items()}
+    maps = {key: described_map(key, one) for key, one in rows.maps.items()}
+    tables = sample_arrays(header, rows, id_length)
     with appearing(Path(path)) as file:
-        write_header(file, header, pathways, complete)
-        for name, array in tables.items():
-            write_rows(create_table(file, name, array.shape, array.dtype), 0, array)
+        write_header(file, header, pathways, maps, complete)
+        _write_tables(file, tables)
+
+
+def write_map_part(path: str | os.PathLike[str], job: str, ids: Sequence[str], maps: Mapping[str, MapRows]) -> None:
+    """Write the maps of some samples to a file that `merging.add_maps` takes; `job` names the job that made them."""
+    described = {key: described_map(key, one) for key, one in maps.items()}
+    tables = {"id": converted(ids, "ids", TEXT, (len(ids),)), **map_arrays(maps, len(ids))}
+    with appearing(Path(path)) as file:
+        _set(file, "schema", MAP_PART)
+        _set(file, "version", VERSION)
+        _set(file, "job", job)
+        _write_maps(file, described)
+        _write_tables(file, tables)
+
+
+def _write_tables(file: h5py.File, tables: Mapping[str, Array]) -> None:
+    for name, array in tables.items():
+        write_rows(create_table(file, name, array.shape, array.dtype), 0, array)
 
 
 # ---------------------------------------------------------------------------------------------------- one file
@@ -210,8 +209,14 @@ def move_rows(dataset: h5py.Dataset, start: int, source: h5py.Dataset) -> None:
 # ------------------------------------------------------------------------------------------- what goes into it
 
 
-def write_header(file: h5py.File, header: Header, pathways: Mapping[str, StoredPathway], complete: bool) -> None:
-    """Write all that is not by sample: root attributes, sites, classes and the pathways' attributes, in order."""
+def write_header(
+    file: h5py.File,
+    header: Header,
+    pathways: Mapping[str, StoredPathway],
+    maps: Mapping[str, StoredMap],
+    complete: bool,
+) -> None:
+    """Write all that is not by sample: root attributes, sites, classes, and what pathways and maps are, in order."""
     clash = HEADER_ATTRIBUTES & set(header.notes)
     if clash:
         raise StoreError(f"notes: expected names that the store does not use itself, found {', '.join(sorted(clash))}")
@@ -235,8 +240,7 @@ def write_header(file: h5py.File, header: Header, pathways: Mapping[str, StoredP
     }
     for name, value in values.items():
         _set(file, name, value)
-    for name, array in _site_tables(header).items():
-        write_rows(create_table(file, name, array.shape, array.dtype), 0, array)
+    _write_tables(file, site_tables(header))
     group = file.create_group("pathways", track_order=True)
     for key, pathway in pathways.items():
         below = group.create_group(key)
@@ -244,29 +248,21 @@ def write_header(file: h5py.File, header: Header, pathways: Mapping[str, StoredP
         _set(below, "parameters", pathway.parameters)
         _set(below, "sparsity", math.nan if pathway.sparsity is None else float(pathway.sparsity))
     file.create_group("scores", track_order=True)
+    if maps:
+        _write_maps(file, maps)
 
 
-def _site_tables(header: Header) -> dict[str, Array]:
-    sites = header.index.sites
-    tables = {
-        "sites/name": _text([site.name for site in sites], "site names"),
-        "sites/op": _text([site.op for site in sites], "site operations"),
-        "sites/shape": _text([json.dumps(site.shape) for site in sites], "site shapes"),
-        "sites/axis": np.array([site.axis for site in sites], dtype="<i8"),
-        "sites/fold": np.array([site.fold for site in sites], dtype="<i8"),
-        "sites/first_neuron": np.array([site.start for site in sites], dtype="<i8"),
-        "sites/first_byte": np.array([site.byte for site in sites], dtype="<i8"),
-        "sites/neurons": np.array([site.neurons for site in sites], dtype="<i8"),
-        "sites/edges": np.asarray(header.edges, dtype="<i4").reshape(-1, 2),
-    }
-    if header.classes:
-        tables["classes"] = _text(header.classes, "class names")
-    return tables
+def _write_maps(file: h5py.File, maps: Mapping[str, StoredMap]) -> None:
+    group = file.create_group("maps", track_order=True)
+    for key, found in maps.items():
+        below = group.create_group(key)
+        for name, value in {"method": key, "parameters": found.parameters, "reduction": found.reduction}.items():
+            _set(below, name, value)
 
 
 def _set(of: h5py.Group, name: str, value: str | int | float) -> None:
     if isinstance(value, str):
-        text = _text([value], f"attribute {name!r}")[0]
+        text = stored_text([value], f"attribute {name!r}")[0]
         if len(text) > ATTRIBUTE:
             raise StoreError(
                 f"attribute {name!r} of {of.name}: expected at most {ATTRIBUTE} bytes of text, found {len(text)}; HDF5 "
@@ -279,113 +275,3 @@ def _set(of: h5py.Group, name: str, value: str | int | float) -> None:
         of.attrs.create(name, float(value), dtype="<f8")
     else:
         raise StoreError(f"attribute {name!r} of {of.name}: expected text or a number, found {type(value).__name__}")
-
-
-def _text(values: Sequence[object] | Array, what: str, width: int | None = None) -> npt.NDArray[np.bytes_]:
-    """Text as fixed-length UTF-8 `(n,)`, as wide as the longest or `width`."""
-    try:
-        encoded = [str(value).encode() for value in values]
-    except UnicodeEncodeError as problem:
-        raise StoreError(f"{what}: expected text that UTF-8 can hold, found {problem.object!r}; rename it") from None
-    longest = max(encoded, key=len, default=b"")
-    if any(text.endswith(b"\0") for text in encoded):
-        raise StoreError(f"{what}: expected text without a NUL at its end, where fixed-length text ends; rename it")
-    if width is not None and len(longest) > width:
-        raise StoreError(f"{what}: expected at most {width} bytes, found {len(longest)}: {longest.decode()!r}")
-    return np.array(encoded, dtype=f"S{width or max(len(longest), 1)}")
-
-
-def _described(key: str, pathway: PathwayRows) -> StoredPathway:
-    parsed = parse_key(key)
-    if (parsed.selector, parsed.sparsity) != (pathway.selector, pathway.sparsity):
-        raise StoreError(
-            f"pathway {key}: expected selector {parsed.selector!r} and sparsity {parsed.sparsity}, found "
-            f"{pathway.selector!r} and {pathway.sparsity}; key and rows must agree"
-        )
-    try:
-        return StoredPathway(pathway.selector, json.dumps(dict(pathway.parameters), sort_keys=True), pathway.sparsity)
-    except (TypeError, ValueError) as problem:
-        raise StoreError(f"pathway {key}: expected parameters that JSON can hold: {problem}") from None
-
-
-def _tables(header: Header, rows: Rows, id_length: int | None) -> dict[str, Array]:
-    """All per-sample tables of a file by path, converted to their stored types and checked against the index."""
-    index, count = header.index, len(rows)
-    if not (count and index.nbytes):
-        raise StoreError(
-            f"a store: expected samples and neurons, found {count} samples of {index.size} neurons; there is nothing "
-            "to write"
-        )
-    for name in rows.samples:
-        if name not in SAMPLE_COLUMNS:
-            raise StoreError(f"samples: {unknown('column', name, SAMPLE_COLUMNS)}")
-    tables: dict[str, Array] = {}
-    for name, dtype in SAMPLE_COLUMNS.items():
-        values = rows.samples.get(name, np.full(count, _DEFAULTS[name]) if name in _DEFAULTS else None)
-        if values is None:
-            raise StoreError(f"samples: expected a column {name!r}, found {', '.join(rows.samples)}")
-        tables[f"samples/{name}"] = _converted(
-            values, f"samples/{name}", dtype, (count,), width=id_length if name == "id" else None
-        )
-    ids = tables["samples/id"]
-    if len(np.unique(ids)) != count:
-        values, times = np.unique(ids, return_counts=True)
-        raise StoreError(f"samples/id: expected each id once, found {values[times > 1][0].decode()!r} more than once")
-    tables["active"] = _converted(rows.active, "active", "|u1", (count, index.nbytes))
-    if rows.thumbnails is not None:
-        height_width = np.shape(rows.thumbnails)[1:3]
-        tables["samples/thumbnails"] = _converted(
-            rows.thumbnails, "samples/thumbnails", "|u1", (count, *height_width, 3)
-        )
-    if rows.units is not None:
-        tables["samples/units"] = _converted(rows.units, "samples/units", "<u4", (count, len(index)))
-    for key, pathway in rows.pathways.items():
-        tables |= _pathway_tables(key, pathway, index, count)
-    for family, (signed, scale) in rows.scores.items():
-        if parse_key(family).sparsity is not None:
-            raise StoreError(f"scores: expected a family without a sparsity, found {family!r}")
-        kind = np.dtype(getattr(signed, "dtype", object)).newbyteorder("<").str
-        wanted = kind if kind in ("<f2", "<f4") else "<f4"
-        tables[f"scores/{family}/signed"] = _converted(signed, f"scores/{family}", wanted, (count, index.size))
-        tables[f"scores/{family}/scale"] = _converted(scale, f"scale of scores/{family}", "<f4", (count,))
-    return tables
-
-
-def _pathway_tables(key: str, pathway: PathwayRows, index: NeuronIndex, count: int) -> dict[str, Array]:
-    known = pathway_columns(index)
-    tables: dict[str, Array] = {}
-    for name, values in {"missing": [""] * count, **pathway.columns}.items():
-        what = f"pathways/{key}/{name}"
-        if _DIAGNOSTIC.fullmatch(name):
-            array = np.asarray(values)
-            kind = TEXT if array.dtype.kind in "SUO" else array.dtype.newbyteorder("<").str
-            tables[what] = _converted(values, what, kind, (count, *array.shape[1:]))
-        elif name in known:
-            dtype, tail = known[name]
-            tables[what] = _converted(values, what, dtype or TEXT, (count, *tail))
-        else:
-            raise StoreError(f"pathway {key}: {unknown('column', name, [*known, 'diagnostics/<name>'])}")
-    if f"pathways/{key}/mask" not in tables:
-        raise StoreError(f"pathway {key}: expected a column 'mask', found {', '.join(pathway.columns)}")
-    return tables
-
-
-def _converted(values: Any, what: str, dtype: str, shape: tuple[int | None, ...], *, width: int | None = None) -> Array:
-    """Values as the array that is stored; a `StoreError` where the shape is wrong or the type would lose something."""
-    if dtype == TEXT:
-        texts = list(values)  # not an array of str, which would drop a NUL at the end
-        if len(texts) != shape[0] or len(shape) != 1 or not all(isinstance(text, str | bytes) for text in texts):
-            raise StoreError(f"{what}: expected {shape[0]} texts, one a sample, found {str(texts)[:80]}")
-        return _text([text.decode() if isinstance(text, bytes) else text for text in texts], what, width)
-    array = np.asarray(values)
-    if array.shape != shape or 0 in shape:
-        raise StoreError(f"{what}: expected shape {shape}, found {array.shape}; rows and index must fit each other")
-    wanted = np.dtype(dtype)
-    if array.dtype.kind in "iu" and wanted.kind in "iu":
-        bounds = np.iinfo(wanted)
-        fits = int(array.min()) >= bounds.min and int(array.max()) <= bounds.max
-    else:
-        fits = array.dtype.kind in "biuf" and np.can_cast(array.dtype, wanted, casting="same_kind")
-    if not fits:
-        raise StoreError(f"{what}: expected numbers that {wanted} can hold, found {array.dtype}; convert them first")
-    return array.astype(wanted, copy=False)

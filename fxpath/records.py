@@ -26,6 +26,11 @@ def parts_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.parts")
 
 
+def maps_folder(path: Path) -> Path:
+    """Where a job that adds maps to the store at `path` keeps its finished micro-batches."""
+    return path.with_name(f"{path.name}.maps")
+
+
 def part_name(number: int) -> str:
     """The file of micro-batch `number`."""
     return f"part-{number:07d}.h5"
@@ -53,23 +58,24 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, *, said: str = "compute") -> Iterator[None]:
     """A folder of parts, made if need be, for this process alone; at the end it is gone if it holds no part.
 
-    Raises `StoreError` where it cannot be made, or another process is at work in it.
+    `said` is the command, with which messages begin. Raises `StoreError` where the folder cannot be made, or another
+    process is at work in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         number = None if fcntl is None else os.open(folder, os.O_RDONLY)
     except (OSError, ValueError) as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error, said) from error
     try:
         try:
             if number is not None:
                 fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(
-                f"compute: another process is at work in {folder}; wait for it, or choose another output file"
+                f"{said}: another process is at work in {folder}; wait for it, or choose another output file"
             ) from None
         except OSError:
             pass  # not every file system has locks
@@ -82,7 +88,7 @@ def held(folder: Path) -> Iterator[None]:
             os.close(number)
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: Path, record: dict[str, Any], *, said: str = "compute") -> None:
     """Write the record of a job that begins; raises `StoreError` where that fails."""
     fresh = folder / f".{_RECORD}.tmp"
     try:
@@ -92,13 +98,13 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         fresh.replace(folder / _RECORD)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error, said) from error
 
 
-def _unwritable(folder: Path, error: Exception) -> StoreError:
-    said = getattr(error, "strerror", None) or error
+def _unwritable(folder: Path, error: Exception, said: str) -> StoreError:
+    reason = getattr(error, "strerror", None) or error
     return StoreError(
-        f"compute: {folder} cannot be written ({said}); free disk space, or choose an output in a folder that you may "
+        f"{said}: {folder} cannot be written ({reason}); free disk space, or choose an output in a folder that you may "
         "write to"
     )
 
@@ -106,10 +112,15 @@ def _unwritable(folder: Path, error: Exception) -> StoreError:
 def remove_parts(folder: Path) -> None:
     """Remove what a job keeps in its folder of parts, the record last, and the folder if nothing else is in it."""
     with suppress(OSError):
-        for pattern in (".part-*.tmp", "part-*.h5"):
-            for path in sorted(folder.glob(pattern)):
-                path.unlink()
+        clear_parts(folder)
         remove_empty(folder)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove the parts that a job keeps, but neither its record nor the folder, which may be held."""
+    for pattern in (".part-*.tmp", "part-*.h5"):
+        for path in sorted(folder.glob(pattern)):
+            path.unlink()
 
 
 def remove_empty(folder: Path) -> None:
@@ -143,7 +154,9 @@ def record_of(path: Path) -> dict[str, Any]:
         return record
 
 
-def require_same(ours: dict[str, Any], theirs: dict[str, Any], where: str, way_out: str) -> None:
+def require_same(
+    ours: dict[str, Any], theirs: dict[str, Any], where: str, way_out: str, *, said: str = "compute"
+) -> None:
     """Raise `StoreError` that names what differs between two jobs."""
     here, there = _UNSAID | ours, _UNSAID | theirs
     differing = [name for name in dict.fromkeys((*ours, *_UNSAID)) if name != "parts" and there.get(name) != here[name]]
@@ -154,7 +167,7 @@ def require_same(ours: dict[str, Any], theirs: dict[str, Any], where: str, way_o
             else "{}: there {}, here {}".format(name, *map(_brief, _apart(there.get(name), here[name])))
             for name in differing[:4]
         )
-        raise StoreError(f"compute: {where} holds the results of another job ({shown}); {way_out}")
+        raise StoreError(f"{said}: {where} holds the results of another job ({shown}); {way_out}")
 
 
 def _brief(value: Any) -> str:

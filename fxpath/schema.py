@@ -31,6 +31,7 @@ from .hdf5 import (
     table,
 )
 from .keys import PathwayKey
+from .maptables import MapRows
 from .neurons import Granularity, NeuronIndex, Site
 
 SCHEMA = "fxpath"
@@ -51,7 +52,7 @@ SAMPLE_COLUMNS: dict[str, str] = {
     "probability": "<f4",
     "status": TEXT,
 }
-_BY_SAMPLE = re.compile(r"active|pathways/[^/]+/mask|scores/[^/]+/signed|samples/thumbnails")
+_BY_SAMPLE = re.compile(r"active|pathways/[^/]+/mask|scores/[^/]+/signed|maps/[^/]+/signed|samples/thumbnails")
 _SITE_TABLES = {
     "name": TEXT,
     "op": TEXT,
@@ -135,7 +136,8 @@ class Rows:
     `samples` holds the columns of `SAMPLE_COLUMNS`, each `(n,)`; "prediction" and "label_rank" may be left out.
     `active` `(n, nbytes)` uint8 is the original activation pattern. `scores` maps a family to signed values `(n, N)`
     float16 or float32 and a scale `(n,)`; a score is their product. `thumbnails` `(n, h, w, 3)` uint8. `units`
-    `(n, sites)`: the scalar units of each site that are a sample's own, where padding tokens are excluded.
+    `(n, sites)`: the scalar units of each site that are a sample's own, where padding tokens are excluded. `maps` are
+    attribution maps by key.
     """
 
     samples: Mapping[str, Any]
@@ -144,6 +146,7 @@ class Rows:
     scores: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
     thumbnails: npt.NDArray[np.uint8] | None = None
     units: npt.NDArray[np.integer[Any]] | None = None
+    maps: Mapping[str, MapRows] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.active)
@@ -195,21 +198,21 @@ def parse_key(text: str) -> PathwayKey:
     return key
 
 
-def open_file(source: Source) -> h5py.File:
+def open_file(source: Source, expected: str = SCHEMA) -> h5py.File:
     """Open a store's HDF5 file for reading and check schema and version; an open file is taken as it is."""
     file = open_hdf5(source)
     try:
         with reading(file, "the root attributes"):
             if not h5py.h5a.exists(file.id, b"schema"):
                 raise StoreError(
-                    f"{name_of(file)}: expected a store (root attribute schema = {SCHEMA!r}), found an HDF5 file "
+                    f"{name_of(file)}: expected a store (root attribute schema = {expected!r}), found an HDF5 file "
                     "without it; give a file that `fxpath compute` wrote"
                 )
             schema, version = attribute(file, "schema", str), attribute(file, "version", int)
-            if schema != SCHEMA or version != VERSION:
-                hint = "update fxpath" if schema == SCHEMA and version > VERSION else "compute it again"
+            if schema != expected or version != VERSION:
+                hint = "update fxpath" if schema == expected and version > VERSION else "compute it again"
                 raise StoreError(
-                    f"{name_of(file)}: expected schema {SCHEMA!r} version {VERSION}, found {schema!r} version "
+                    f"{name_of(file)}: expected schema {expected!r} version {VERSION}, found {schema!r} version "
                     f"{version}; {hint}"
                 )
     except BaseException:

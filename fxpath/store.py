@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from .errors import StoreError, unknown
 from .hdf5 import Array, Source, attribute, name_of, read, read_text, reading
 from .keys import PathwayKey
+from .maptables import MapRows, map_attributes, map_names, map_tables
 from .merging import merge_stores
 from .neurons import NeuronIndex, Site, select_largest
 from .parts import write_store
@@ -43,6 +45,7 @@ __all__ = [
     "SCHEMA",
     "VERSION",
     "Header",
+    "MapRows",
     "PathwayRows",
     "Rows",
     "Store",
@@ -74,8 +77,9 @@ class Store:
     """One store, read lazily: n samples, their active neurons, and for each pathway key a mask and an outcome.
 
     `keys` are the pathways in the order of the file, `families` those keys without their sparsities, `index` the
-    neurons. Everything comes as NumPy arrays or pandas tables; a sample is named by its row or its id. Any method
-    raises `StoreError` for an unknown name and where the file turns out to be damaged, `SiteError` for a site.
+    neurons, `map_keys` the attribution methods that have maps. Everything comes as NumPy arrays or pandas tables; a
+    sample is named by its row or its id. Any method raises `StoreError` for an unknown name and where the file turns
+    out to be damaged, `SiteError` for a site.
     """
 
     def __init__(self, file: h5py.File, *, owned: bool) -> None:
@@ -89,9 +93,11 @@ class Store:
         self._count: int = self._active.shape[0]
         self.keys: tuple[str, ...] = names_below(file, "pathways")
         self.score_families: tuple[str, ...] = names_below(file, "scores")
+        self.map_keys: tuple[str, ...] = map_names(file)
         self._columns: dict[str, tuple[str, ...]] = {}
         self._pathways: dict[tuple[str, str], h5py.Dataset] = {}
         self._scores: dict[str, dict[str, h5py.Dataset]] = {}
+        self._maps: dict[str, dict[str, h5py.Dataset]] = {}
 
     def __enter__(self) -> Store:
         return self
@@ -287,7 +293,51 @@ class Store:
         masks: npt.NDArray[np.bool_] = select_largest(size, [kept], weights)
         return masks.reshape(-1)
 
+    # --------------------------------------------------------------------------------------------------- maps
+
+    def map(self, key: str, sample: int | str) -> npt.NDArray[np.float32]:
+        """A sample's attribution map `(H, W)` float32, signed; NaN where it has none (see `map_missing`)."""
+        row = self.row(sample)
+        found: npt.NDArray[np.float32] = self.maps(key, slice(row, row + 1))[0]
+        return found
+
+    def maps(self, key: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
+        """Signed attribution maps `(m, H, W)` float32 of a method; NaN for samples that have none."""
+        wanted, tables = self._slice(rows), self._map_tables(key)
+        scaled: npt.NDArray[np.float32] = self._column(tables["signed"], wanted).astype(np.float32)
+        scaled *= self._column(tables["scale"], wanted)[:, None, None]
+        return scaled
+
+    def map_missing(self, key: str, rows: slice | None = None) -> npt.NDArray[np.str_]:
+        """Why samples have no map of a method `(m,)`, "" for those that have one."""
+        reasons: npt.NDArray[np.str_] = self._column(self._map_tables(key)["missing"], self._slice(rows))
+        return reasons
+
+    def map_seconds(self, key: str, rows: slice | None = None) -> npt.NDArray[np.float64]:
+        """How long the maps of a method took `(m,)`, in seconds a sample; NaN for those that have none."""
+        seconds: npt.NDArray[np.float64] = self._column(self._map_tables(key)["seconds"], self._slice(rows))
+        return seconds
+
+    def map_parameters(self, key: str) -> dict[str, Any]:
+        """The whole parameter set of an attribution method."""
+        self._map_tables(key)
+        parameters: dict[str, Any] = json.loads(map_attributes(self._opened(), key).parameters)
+        return parameters
+
+    def map_reduction(self, key: str) -> str:
+        """What became of channels: "signed_max" (the value of largest magnitude, signed) or "signed_sum"."""
+        self._map_tables(key)
+        return map_attributes(self._opened(), key).reduction
+
     # ------------------------------------------------------------------------------------------------ private
+
+    def _map_tables(self, key: str) -> dict[str, h5py.Dataset]:
+        if key not in self.map_keys:
+            raise StoreError(f"{self.path}: {unknown('map', key, self.map_keys)}")
+        if key not in self._maps:
+            with reading(self._opened(), f"/maps/{key}"):
+                self._maps[key] = map_tables(self._file, key, self._count)
+        return self._maps[key]
 
     def _opened(self) -> h5py.File:
         if not self._file:

@@ -1,6 +1,7 @@
-"""A process that warms up, and then forks a job for each moment at which one is to be killed: `kill_driver.py FOLDER`.
+"""A process that warms up, and then forks a job for each moment at which one is to be killed.
 
-It prints one JSON line a moment: how the job ended, what it was doing, and what lay on the disk right after.
+`kill_driver.py FOLDER compute` makes stores, `… attribute` adds maps to stores that are there, `… both` does both in
+one job. It prints one JSON line a moment: how the job ended, what it was doing, and what lay on the disk right after.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import warnings
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from small_jobs import Chosen, run
+from small_jobs import Chosen, add_maps, run
 
-from fxpath import batch, job, microbatch, parts, records
+from fxpath import attribution, batch, mapping, microbatch, parted, parts, records
 
 SAMPLES = 10  # three micro-batches of four, the last one short
 
@@ -27,6 +29,11 @@ SAMPLES = 10  # three micro-batches of four, the last one short
 def start(folder: Path) -> None:
     """The job that all this is about."""
     run(Chosen(range(SAMPLES)), folder / "run.h5", selectors=("neuron_mct", "active"))
+
+
+def start_maps(folder: Path) -> None:
+    """Maps of the same samples."""
+    add_maps(Chosen(range(SAMPLES)), folder / "run.h5", methods=["gradient", "neuron_mct@0.9"])
 
 
 def die() -> NoReturn:
@@ -43,20 +50,20 @@ class Moment:
     function: str
     call: int
     after: bool = False
-    since: str = ""  # calls count from the first call of this function of `batch` on
+    since: tuple[Any, str] | None = None  # calls count from the first call of this function on
 
     def arm(self, note: Callable[[str], None]) -> None:
         """Patch the function in this process."""
         real, seen = getattr(self.owner, self.function), [0]
         counting = [not self.since]
         if self.since:
-            begin = getattr(batch, self.since)
+            begin = getattr(*self.since)
 
             def beginning(*arguments: Any, **options: Any) -> Any:
                 counting[0] = True
                 return begin(*arguments, **options)
 
-            setattr(batch, self.since, beginning)
+            setattr(*self.since, beginning)
 
         def patched(*arguments: Any, **options: Any) -> Any:
             seen[0] += counting[0]
@@ -73,9 +80,10 @@ class Moment:
         setattr(self.owner, self.function, patched)
 
 
-MOMENTS = (
+MERGE, ADD = (batch, "merge_stores"), (mapping, "add_maps")
+COMPUTING = (
     Moment("before the folder of parts", batch, "held", 1),
-    Moment("before job.json", job, "write_record", 1),
+    Moment("before job.json", parted, "write_record", 1),
     Moment("while job.json is written", records.json, "dump", 1, after=True),
     Moment("before job.json gets its name", Path, "replace", 1),
     Moment("job.json is there", batch, "compute_rows", 1),
@@ -90,12 +98,38 @@ MOMENTS = (
     Moment("last part, before its name", parts, "rename", 3),
     Moment("last part, after its name", parts, "rename", 3, after=True),
     Moment("before the merge", batch, "merge_stores", 1),
-    Moment("merge, first chunk", parts, "write_chunk", 1, since="merge_stores"),
-    Moment("merge, mid-write", parts, "write_chunk", 40, since="merge_stores"),
-    Moment("merge, before the store gets its name", parts, "rename", 1, since="merge_stores"),
-    Moment("merge, after the store has its name", parts, "rename", 1, after=True, since="merge_stores"),
+    Moment("merge, first chunk", parts, "write_chunk", 1, since=MERGE),
+    Moment("merge, mid-write", parts, "write_chunk", 40, since=MERGE),
+    Moment("merge, before the store gets its name", parts, "rename", 1, since=MERGE),
+    Moment("merge, after the store has its name", parts, "rename", 1, after=True, since=MERGE),
     Moment("before the parts are removed", batch, "remove_parts", 1),
-    Moment("while the parts are removed", os, "unlink", 2, since="remove_parts"),
+    Moment("while the parts are removed", os, "unlink", 2, since=(batch, "remove_parts")),
+)
+
+MAPPING = (
+    Moment("before the folder of parts", mapping, "held", 1),
+    Moment("trying the methods", mapping, "try_methods", 1, after=True),
+    Moment("before job.json", parted, "write_record", 1),
+    Moment("before job.json gets its name", Path, "replace", 1),
+    Moment("first micro-batch, computing", attribution, "_gradients", 3),
+    Moment("first part, mid-write", parts, "write_chunk", 9),
+    Moment("first part, before its name", parts, "rename", 1),
+    Moment("first part, after its name", parts, "rename", 1, after=True),
+    Moment("third micro-batch, reading", Chosen, "__getitem__", 11),
+    Moment("last part, after its name", parts, "rename", 3, after=True),
+    Moment("adding, first chunk", parts, "write_chunk", 1, since=ADD),
+    Moment("adding, old content is moved", parts, "write_chunk", 60, since=ADD),
+    Moment("adding, maps are moved", parts, "write_chunk", 90, since=ADD),
+    Moment("adding, before the store gets its name", parts, "rename", 1, since=ADD),
+    Moment("adding, after the store has its name", parts, "rename", 1, after=True, since=ADD),
+    Moment("before the parts are removed", mapping, "remove_parts", 1),
+    Moment("while the parts are removed", os, "unlink", 2, since=(mapping, "remove_parts")),
+)
+BOTH = (
+    Moment("second part of pathways", parts, "rename", 2, after=True),
+    Moment("before pathways are merged", batch, "merge_stores", 1),
+    Moment("the store is there, without maps", mapping, "open_store", 1),
+    Moment("first part of maps", parts, "rename", 5, after=True),
 )
 
 
@@ -116,33 +150,42 @@ def on_disk(folder: Path) -> list[str]:
     return sorted(str(found.relative_to(folder)) for found in folder.rglob("*"))
 
 
-def killed(moment: Moment, folder: Path) -> dict[str, Any]:
-    """Kill one job at a moment, and start it again."""
-    folder.mkdir()
+def killed(moment: Moment, folder: Path, work: Callable[[Path], None], old: Path | None) -> dict[str, Any]:
+    """Kill one job at a moment, and start it again; what the store was in between is kept beside the folder."""
+    begin(folder, old)
     doing = folder / "doing"
 
     def doomed() -> None:
         moment.arm(lambda said: doing.write_text(said) and None)
-        start(folder)
+        work(folder)
 
     status = forked(doomed)
     said = doing.read_text() if doing.exists() else ""
     doing.unlink(missing_ok=True)
     left = on_disk(folder)
-    again = forked(lambda: start(folder))
+    if (folder / "run.h5").exists():
+        shutil.copy(folder / "run.h5", folder.with_name(f"{folder.name}.h5"))
+    again = forked(lambda: work(folder))
     return {"moment": moment.name, "status": status, "doing": said, "left": left, "again": again,
             "end": on_disk(folder)}  # fmt: skip
 
 
-def limited(nbytes: int, folder: Path) -> dict[str, Any]:
-    """A job that may write no file larger than so many bytes, which the kernel sees to; and again without a limit."""
+def begin(folder: Path, old: Path | None) -> None:
+    """A folder, with a store in it where the job starts from one."""
     folder.mkdir()
+    if old is not None:
+        shutil.copy(old, folder / "run.h5")
+
+
+def limited(nbytes: int, folder: Path, work: Callable[[Path], None], old: Path | None) -> dict[str, Any]:
+    """A job that may write no file larger than so many bytes, which the kernel sees to; and again without a limit."""
+    begin(folder, old)
 
     def doomed() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
         try:
-            start(folder)
+            work(folder)
         except batch.StoreError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             (folder / "said").write_text(str(error))
@@ -152,23 +195,33 @@ def limited(nbytes: int, folder: Path) -> dict[str, Any]:
     said = (folder / "said").read_text() if (folder / "said").exists() else ""
     (folder / "said").unlink(missing_ok=True)
     left = on_disk(folder)
-    again = forked(lambda: start(folder))
+    if (folder / "run.h5").exists():
+        shutil.copy(folder / "run.h5", folder.with_name(f"{folder.name}.h5"))
+    again = forked(lambda: work(folder))
     return {"limit": nbytes, "status": status, "said": said, "left": left, "again": again, "end": on_disk(folder)}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kind: str) -> None:
     """All moments, and sizes at which the disk is full: in a part, at the end of one, and while parts are joined."""
     torch.set_num_threads(1)  # no worker threads that a fork would lose
     warnings.filterwarnings("ignore", message=".*multi-threaded.*fork")  # Python 3.12 counts NumPy's idle ones
+    old = None
+    if kind == "attribute":
+        old = folder / "old" / "run.h5"
+        old.parent.mkdir()
+        start(old.parent)
+    work, moments = {"compute": (start, COMPUTING), "attribute": (start_maps, MAPPING), "both": (start_maps, BOTH)}[
+        kind
+    ]
     undisturbed = folder / "undisturbed"
-    undisturbed.mkdir()
-    start(undisturbed)  # here, so that every fork finds all imported and warm; its threads have ended
-    for number, moment in enumerate(MOMENTS):
-        print(json.dumps(killed(moment, folder / str(number))), flush=True)  # noqa: T201
+    begin(undisturbed, old)
+    work(undisturbed)  # here, so that every fork finds all imported and warm; its threads have ended
+    for number, moment in enumerate(moments):
+        print(json.dumps(killed(moment, folder / str(number), work, old)), flush=True)  # noqa: T201
     size = (undisturbed / "run.h5").stat().st_size
-    for nbytes in (2000, size // 3, size - 1000):
-        print(json.dumps(limited(nbytes, folder / f"limit-{nbytes}")), flush=True)  # noqa: T201
+    for nbytes in () if kind == "both" else (2000, size // 3, size - 1000):
+        print(json.dumps(limited(nbytes, folder / f"limit-{nbytes}", work, old)), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -21,6 +21,7 @@ FRAME = WholeFrame(32, channels="RGB", mean=(127.0, 127.0, 127.0), std=(64.0, 64
 SELECTORS = ("neuron_mct", "magnitude", "random:seed=3", "active")
 SPARSITIES = (0.8, 0.95)
 FEW = ("neuron_mct", "random:seed=3", "active")  # what most jobs select, at 0.9
+METHODS = ("gradient", "neuron_mct@0.9", "masked_gradient:random:seed=3@0.9", "neuron_mct@0.9*")
 KEYS = (*(f"{family}@{level}" for family in SELECTORS[:3] for level in SPARSITIES), "active")
 
 
@@ -148,6 +149,14 @@ def run(data: Any, path: Path, network: fxpath.Network | None = None, **options:
     return fxpath.compute(network or small(), data, path, **given)
 
 
+def add_maps(data: Any, path: Path, network: fxpath.Network | None = None, **options: Any) -> Any:
+    """Maps of the small network's samples, without progress bars; a store that is not there yet is made as by `run`."""
+    given: dict[str, Any] = {"methods": METHODS, "progress": False}
+    if not path.exists():
+        given |= {"micro_batch": 4, "threads": 1, "model": "small"}
+    return fxpath.attribute(network or small(), data, path, **given | options)
+
+
 def by_sample(path: Path) -> dict[str, dict[str, Any]]:
     """All that a store says of each sample but the seconds, as bytes, by id."""
     with fxpath.open_store(path) as store:
@@ -165,6 +174,9 @@ def by_sample(path: Path) -> dict[str, dict[str, Any]]:
                     found[f"{key} {column}"] = store.column(key, column, one).tobytes()
             for family in store.score_families:
                 found[f"{family} scores"] = store.scores(family, row).tobytes()
+            for key in store.map_keys:
+                found[f"{key} map"] = store.map(key, row).tobytes()
+                found[f"{key} missing"] = str(store.map_missing(key, one)[0])
             picture = store.thumbnail(row)
             found["thumbnail"] = None if picture is None else picture.tobytes()
             rows[name] = found

@@ -11,7 +11,7 @@ import numpy as np
 
 from fxpath.keys import PathwayKey
 from fxpath.neurons import NeuronIndex, select_largest
-from fxpath.store import Header, PathwayRows, Rows, Store, write_store
+from fxpath.store import Header, MapRows, PathwayRows, Rows, Store, write_store
 
 KEYS = ("neuron_mct@0.9", "neuron_mct@0.99", "greedy_pruning@0.9", "random:seed=3@0.9", "active")
 UNRELATED = ("random", "greedy_pruning")  # selectors whose pathways may hold dead neurons
@@ -61,6 +61,7 @@ def synthetic_rows(
     scores: Mapping[str, Any] | None = None,
     thumbnails: bool = False,
     first: int = 0,
+    maps: Sequence[str] = (),
 ) -> Rows:
     """n samples numbered from `first`; a sample's numbers depend on `seed` and its own number alone.
 
@@ -134,7 +135,25 @@ def synthetic_rows(
     pictures = None
     if thumbnails:
         pictures = np.random.default_rng([seed, first, 99]).integers(0, 256, (n, 6, 5, 3), dtype=np.uint8)
-    return Rows(samples, index.pack(active), pathways, stored, pictures)
+    made = {key: synthetic_maps(key, n, seed, first=first, failed=failed) for key in maps}
+    return Rows(samples, index.pack(active), pathways, stored, pictures, maps=made)
+
+
+def synthetic_maps(key: str, n: int, seed: int = 0, *, first: int = 0, failed: Sequence[int] = ()) -> MapRows:
+    """Maps of n samples, 15 × 13, a third of their pixels exactly 0; none for rows in `failed`."""
+    signed = np.zeros((n, 15, 13), dtype=np.float16)
+    scale = np.full(n, np.nan, dtype=np.float32)
+    for row in sorted(set(range(n)) - set(failed)):
+        rng = np.random.default_rng([seed, first + row, *key.encode()])
+        signed[row] = rng.standard_normal((15, 13)) * 2**12 * (rng.random((15, 13)) < 2 / 3)
+        scale[row] = 2.0 ** rng.integers(-40, 4)
+    columns = {
+        "signed": signed,
+        "scale": scale,
+        "missing": ["not an image" if row in failed else "" for row in range(n)],
+        "seconds": np.where(np.isnan(scale), np.nan, 0.125 * np.arange(first, first + n)),
+    }
+    return MapRows({"size": 3, "of": key}, "signed_max", columns)
 
 
 def synthetic_store(path: Path, n: int = 6, keys: Sequence[str] = KEYS, seed: int = 0, **changes: Any) -> Path:
@@ -162,6 +181,11 @@ def contents(store: Store) -> dict[str, Any]:
             found[f"{key} {name}"] = store.column(key, name)
     for family in store.score_families:
         found |= {f"{family} scores {row}": store.scores(family, row) for row in range(len(store))}
+    found["map keys"] = store.map_keys
+    for key in store.map_keys:
+        found[f"{key} attributes of maps"] = (store.map_parameters(key), store.map_reduction(key))
+        found[f"{key} maps"] = store.maps(key)
+        found |= {f"{key} missing": store.map_missing(key), f"{key} seconds": store.map_seconds(key)}
     return found
 
 

@@ -39,6 +39,7 @@ from torch.utils.data import Subset
 
 import fxpath
 from fxpath import batch, parts, records
+from fxpath.analysis import dead_share
 from fxpath.errors import (
     EmptyPathwaysWarning,
     ImageError,
@@ -156,6 +157,20 @@ def test_another_sparsity_is_cut_from_stored_scores(tmp_path: Path, kind: str) -
             np.array_equal(store.cut("neuron_mct", 0.9, row), store.mask("neuron_mct@0.9", row)) for row in range(20)
         ]
         assert all(exact) or kind == "float16"
+
+
+def test_without_selectors_the_samples_and_their_active_neurons_are_kept(tmp_path: Path) -> None:
+    run(Chosen(range(6)), tmp_path / "bare.h5", selectors=[], sparsities=[])
+    run(Chosen(range(6)), tmp_path / "run.h5", selectors=["magnitude"])
+    with fxpath.open_store(tmp_path / "bare.h5") as bare, fxpath.open_store(tmp_path / "run.h5") as store:
+        assert bare.keys == bare.families == ()
+        assert bare.ids.tolist() == store.ids.tolist()
+        assert bare.samples().equals(store.samples())
+        assert bare.active().tobytes() == store.active().tobytes()
+        with pytest.raises(StoreError, match="no pathway to analyse; the store holds none"):
+            dead_share(bare)
+    report = run(Chosen(range(6)), tmp_path / "bare.h5", selectors=[], sparsities=[])
+    assert (report.computed, report.reused) == (0, 6)
 
 
 def test_lists_are_data_sets_too(tmp_path: Path) -> None:
@@ -818,7 +833,6 @@ def test_a_data_set_that_does_not_fit_at_all_is_refused_at_once(
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"selectors": []}, InputError, "expected at least one selector, found none"),
         ({"selectors": ["neuron_mtc"]}, InputError, "no selector 'neuron_mtc'; nearest: neuron_mct"),
         ({"selectors": ["random:sed=3"]}, InputError, "no parameter 'sed'; nearest: seed"),
         ({"selectors": ["active", "active"]}, InputError, "active is asked for twice"),

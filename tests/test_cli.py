@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import Said, typed
 from small_jobs import by_sample, cifar, seven
 
 import fxpath
@@ -28,28 +29,12 @@ CHOSEN = ("--selector", "neuron_mct", "--selector", "random", "--sparsity", "0.9
 QUICK = ("--micro-batch", "4", "--threads", "1", "--quiet")
 
 
-class Said(NamedTuple):
-    """How a command ended, and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
     """Run a command in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def command(*arguments: object) -> Said:
-        before = torch.get_num_threads()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        assert torch.get_num_threads() == before
-        said = capsys.readouterr()
-        return Said(int(ended.value.code or 0), said.out, said.err)
-
-    return command
+    return lambda *arguments: typed(capsys, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +78,7 @@ def test_help_is_quick_and_does_without_torch(tmp_path: Path) -> None:
     code, seconds, loaded = done.stdout.splitlines()[-1].split(maxsplit=2)
     assert (code, loaded) == ("0", "[]")
     assert float(seconds) < 1.5
-    for name in ("sites", "compute", "info", "merge", "analyze", "demo"):
+    for name in ("sites", "compute", "attribute", "info", "merge", "analyze", "demo"):
         assert name in done.stdout
 
 
@@ -476,6 +461,7 @@ def test_info(run: Callable[..., Said], stored: Path) -> None:
     assert (said.code, said.out) == (0, "")
     assert "       neurons  12,899\n" in said.err
     assert "      pathways  neuron_mct@0.9, random@0.9\n" in said.err
+    assert data["maps"] == []
 
 
 def test_merge(run: Callable[..., Said], stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -560,7 +546,7 @@ def test_demo(run: Callable[..., Said], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("given", "meant"),
     [
         (["--sparsity", "0.8", "0.9", "0.99"], ["--sparsity", "0.8", "--sparsity", "0.9", "--sparsity", "0.99"]),
         (["--sparsity", "0.8", "-o", "x.h5", "0.9"], ["--sparsity", "0.8", "-o", "x.h5", "0.9"]),
@@ -571,12 +557,14 @@ def test_demo(run: Callable[..., Said], tmp_path: Path) -> None:
         (["0.8", "0.9"], ["0.8", "0.9"]),
         (["--selector", "dgr", "random:seed=3", "x"], ["--selector", "dgr", "--selector", "random:seed=3", "x"]),
         (["--selector", "random", "photos", "active"], ["--selector", "random", "photos", "active"]),
+        (["--method", "gradient", "dgr@0.9*", "x"], ["--method", "gradient", "--method", "dgr@0.9*", "x"]),
+        (["--method", "gradient", "zoo:net", "gradient"], ["--method", "gradient", "zoo:net", "gradient"]),
         (["--selector", "dgr", "--sparsity", "0.8", "dgr"], ["--selector", "dgr", "--sparsity", "0.8", "dgr"]),
         ([], []),
     ],
 )  # fmt: skip
-def test_spread(typed: list[str], meant: list[str]) -> None:
-    assert spread(typed) == meant
+def test_spread(given: list[str], meant: list[str]) -> None:
+    assert spread(given) == meant
 
 
 def test_numbers() -> None:

@@ -59,16 +59,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kill")
 
 
-@pytest.fixture(scope="module")
-def log(folder: Path) -> Log:
-    """What the driver saw: a job killed at each moment, and one at each size of a full disk."""
+def killed(folder: Path, kind: str) -> Log:
+    """What the driver saw of jobs of this kind: one killed at each moment, and one at each size of a full disk."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(TESTS / "kill_driver.py"), str(folder)],
+        [sys.executable, "-W", "error", str(TESTS / "kill_driver.py"), str(folder), kind],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return {str(line.get("moment", line.get("limit"))): line | {"stderr": done.stderr} for line in lines}
+
+
+@pytest.fixture(scope="module")
+def log(folder: Path) -> Log:
+    return killed(folder, "compute")
 
 
 def test_every_moment_was_tried(log: Log) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 import fxpath
 import fxpath.batch
+import fxpath.workers
 from fxpath import memory
 
 GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
@@ -155,7 +156,7 @@ def test_a_job_keeps_memory_while_it_runs(fails: bool, tmp_path: Path, monkeypat
             raise RuntimeError("now")
         return compute_rows(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fxpath.batch, "kept_memory", noted)
+    monkeypatch.setattr(fxpath.workers, "kept_memory", noted)
     monkeypatch.setattr(fxpath.batch, "compute_rows", computing)
     network = fxpath.trace(nn.Sequential(nn.Linear(4, 200), nn.ReLU(), nn.Linear(200, 3)).eval(), torch.zeros(2, 4))
     threads = torch.get_num_threads()
