@@ -370,3 +370,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except FxpathError as error:
             say(f"fxpath: {' '.join(str(error).split())}")
             sys.exit(2)
+
+
+from . import cli_decode as cli_decode  # noqa: E402  its command registers itself
