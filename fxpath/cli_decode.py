@@ -50,7 +50,7 @@ def decode(
     seed: Annotated[int | None, typer.Option(help="of the noise to begin with, and of all moves (default 0)")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="of Adam (default 0.03)")] = None,
     size: Annotated[int | None, typer.Option(help="height of pictures (default: the input's)")] = None,
-    jitter: Annotated[int | None, typer.Option(help="rolled by at most so many pixels (default 4)")] = None,
+    jitter: Annotated[int | None, typer.Option(help="rolled by at most so many pixels (default 1/56 of size)")] = None,
     scale: Annotated[float | None, typer.Option(help="zoomed by 1 ± at most this (default 0.05)")] = None,
     rotation: Annotated[float | None, typer.Option(help="turned by at most so many degrees (default 5)")] = None,
     decay: Annotated[float | None, typer.Option(help="waves are scaled by 1/f to this power (default 1)")] = None,

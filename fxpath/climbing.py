@@ -30,8 +30,9 @@ class Decoding:
     """How pictures are found: Adam on the coefficients of a picture, which is moved a little at each step.
 
     `size`: height of the picture in pixels, in the proportions of the network's input (None: that input's); another
-    one is resampled. `jitter`: rolled by at most so many pixels; `scale`: zoomed by 1 ± this; `rotation`: turned by
-    at most so many degrees; all drawn anew at each step, from `seed`, as is the noise that is begun with.
+    one is resampled. `jitter`: rolled by at most so many pixels (None: 1/56 of the height, 4 of 224); `scale`: zoomed
+    by 1 ± this; `rotation`: turned by at most so many degrees; all drawn anew at each step, from `seed`, as is the
+    noise that is begun with.
     `decorrelated` and `decay` are those of `Basis`. The response is noted at every `every`th step.
 
     Moves make pictures clearer, but a pathway's neurons stay where they are: the larger the moves, the less of it can
@@ -42,7 +43,7 @@ class Decoding:
     seed: int = 0
     learning_rate: float = 0.03
     size: int | None = None
-    jitter: int = 4
+    jitter: int | None = None
     scale: float = 0.05
     rotation: float = 5.0
     decorrelated: bool = True
@@ -52,7 +53,7 @@ class Decoding:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("seed", 0), ("size", 1), ("jitter", 0), ("every", 1)):
             value = getattr(self, name)
-            if name == "size" and value is None:
+            if value is None and name in ("size", "jitter"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
                 raise InputError(f"decoding: expected {name} to be a whole number of at least {least}, found {value!r}")
@@ -183,6 +184,7 @@ class Climb:
         """Coefficients after the last step, the responses noted, and whether there ever was a gradient."""
         decoding = self.decoding
         generator = torch.Generator().manual_seed(decoding.seed)
+        jitter = max(round(self.basis.height / 56), 1) if decoding.jitter is None else decoding.jitter
         like = self.like if self.like.dtype == torch.float64 else self.like.float()
         leaf = self.basis.start(len(labels), generator, like).requires_grad_()
         adam = torch.optim.Adam([leaf], lr=decoding.learning_rate, foreach=False)
@@ -197,7 +199,7 @@ class Climb:
         for step in range(decoding.steps):
             if step % decoding.every == 0:
                 note(step)
-            move = Transformation.drawn(generator, decoding.jitter, decoding.scale, decoding.rotation)
+            move = Transformation.drawn(generator, jitter, decoding.scale, decoding.rotation)
             with torch.enable_grad():
                 moved = move(self.basis.pictures(leaf), self.size)
                 value = objective(self._inputs(moved), part).sum()

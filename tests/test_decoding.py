@@ -263,13 +263,13 @@ def test_an_empty_pathway_is_named_and_stays_noise() -> None:
 
 def test_a_response_that_overflows_is_told() -> None:
     def answer(output: Tensor) -> Tensor:
-        return output[:, 0] / (output[:, 0] < 1)
+        return output[:, 0] / (output[:, 0] < 0.5)
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
     x = torch.rand(1, 3, 8, 8)
     network = fxpath.trace(model, x, response=answer)
-    decoding = Decoding(steps=60, every=1, learning_rate=0.1)
+    decoding = Decoding(steps=60, every=1, learning_rate=0.1, **STILL)
     with pytest.raises(
         InputError, match=r"decode: the response of 'original' is inf at step \d+; the network overflows"
     ):
