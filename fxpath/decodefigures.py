@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -21,7 +20,7 @@ from .errors import InputError, StoreError
 from .files import appearing
 from .keys import PathwayKey
 from .labels import Look, looks, pathway_label, wrapped
-from .panels import GREY, TEXT, TITLE, WIDTH, dress, legend
+from .panels import GREY, TEXT, TITLE, WIDTH, dress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +50,7 @@ def pictures_figure(panels: Sequence[Panel], title: str = "", columns: int = _CO
     tall = max((shape[0] / shape[1] for shape in shapes), default=1.0)
     titles = [wrapped(panel.title, max(int(side / 0.085), 8)) for panel in panels]
     above = 1 + max(text.count("\n") for text in titles)
-    height = side * tall + _LINE * (most + 1.2 * above) + 0.1
+    height = 0.97 * side * tall + _LINE * (most + above) + 0.1
     figure = Figure(figsize=(WIDTH, rows * height + (0.3 if title else 0)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
@@ -100,10 +99,10 @@ def curves_figure(table: pd.DataFrame, title: str = "") -> Figure:
         ax.tick_params(labelbottom=True)
     figure.supxlabel("step", fontsize=TEXT)
     figure.supylabel("response", fontsize=TEXT)
-    if "photo_response" in table.columns:
-        legend(figure, [Line2D([], [], color="black", linestyle=":", linewidth=1, label="at the photo")])
-    if title:
-        figure.suptitle(title, fontsize=TITLE, parse_math=False)
+    said = [title] if title else []
+    said += ["dotted: at the photo"] if "photo_response" in table.columns else []
+    if said:
+        figure.suptitle(", ".join(said), fontsize=TITLE, parse_math=False)
     return figure
 
 

@@ -154,14 +154,14 @@ def _read_channel(folder: Path, channel: int, digest: str) -> tuple[Any, float] 
 def _row_lines(row: Mapping[str, Any]) -> tuple[str, ...]:
     if row["missing"]:
         return (f"missing: {row['missing']}",)
-    said = (f"{row['photo_response']:.1f} → {row['response']:.1f}", f"in the original {row['original_response']:.1f}")
+    said = (f"{row['photo_response']:.3g} → {row['response']:.3g}", f"in the original {row['original_response']:.3g}")
     return said if row["climbed"] else (*said, "no gradient")
 
 
 def _feature_lines(row: Mapping[str, Any], channels: Mapping[int, tuple[Any, float]]) -> tuple[str, ...]:
     if row["missing"]:
         return (f"missing: {row['missing']}",)
-    return f"channel {row['channel']}", f"mean {row['photo_mean']:.2f} → {channels[row['channel']][1]:.2f}"
+    return f"channel {row['channel']}", f"mean {row['photo_mean']:.3g} → {channels[row['channel']][1]:.3g}"
 
 
 def _curves(found: PhotoDecoding, said: Mapping[str, Any]) -> pd.DataFrame:
