@@ -18,7 +18,7 @@ from fxpath.images import load_images
 from fxpath.inputspace import InputSpace
 from fxpath.zoo import load_model
 
-SELECTORS = ["neuron_mct", "neuron_intgrad", "dgr:iterations=300", "greedy_pruning", "magnitude", "random"]
+SELECTORS = ["neuron_mct", "neuron_intgrad", "dgr", "greedy_pruning", "magnitude", "random"]
 SITES = ["features.7.expand3x3_activation", "features.12.expand3x3_activation"]  # of SqueezeNet 1.1
 SHOWN = ["photo", "class", "row", "density", "photo_response", "response", "original_response", "missing"]
 

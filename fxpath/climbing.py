@@ -18,6 +18,8 @@ from .progress import bar
 from .samples import Samples
 from .transformations import Transformation
 
+_STRENGTHS = (10.0, 100.0, 1.0)  # of noise where the faintest will not do; the last where none does
+
 Answer = Callable[[Tensor, slice], Tensor]  # of inputs (n, *input) that are some of the rows: (n,)
 
 
@@ -82,7 +84,8 @@ class Decoded:
     network takes it. `responses` `(R, S)` of the picture as it is, unmoved, at the steps `noted`, under the row's own
     restriction; `photo` `(R,)` what that restricted network answers to the photo, `original` `(R,)` what the network
     without any restriction answers to the decoded picture. `target` `(R,)` is the class, None for responses without.
-    `climbed` `(R,)` bool: whether the response ever had a gradient.
+    `strength` `(R,)`: how many times the faintest noise the row began with. `climbed` `(R,)` bool: whether the response
+    ever had a gradient.
     """
 
     labels: tuple[str, ...]
@@ -93,12 +96,25 @@ class Decoded:
     photo: Tensor
     original: Tensor
     target: Tensor | None
+    strength: Tensor
     climbed: Tensor
 
     @property
     def response(self) -> Tensor:
         """Of the decoded pictures, under their rows' restrictions, `(R,)`."""
         return self.responses[:, -1]
+
+
+def require_pictures(said: str, network: Network) -> None:
+    """Raise `InputError` for a network that takes anything else than one floating-point picture."""
+    tensors = network._layout.tensors
+    if len(tensors) != 1 or len(tensors[0][0]) != 3 or not tensors[0][1].is_floating_point:
+        found = ", ".join(
+            f"{str(kind).removeprefix('torch.')} (B, {', '.join(map(str, shape))})" for shape, kind in tensors
+        )
+        raise InputError(
+            f"{said}: expected a network whose one input is floating-point pictures (B, C, H, W), found {found}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +136,10 @@ class Climb:
         cls, said: str, network: Network, samples: Samples, decoding: Decoding | None, space: InputSpace | None
     ) -> Climb:
         """For a network and photos; raises `InputError` where it takes no picture, or the space is of another kind."""
-        shapes, decoding = network.input_shapes, decoding or Decoding()
-        if len(shapes) != 1 or len(shapes[0]) != 3 or not samples.tensors[0].is_floating_point():
-            found = ", ".join(
-                f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}" for each in samples.tensors
-            )
-            raise InputError(
-                f"{said}: expected a network whose one input is floating-point pictures (B, C, H, W), found {found}"
-            )
+        require_pictures(said, network)
+        decoding = decoding or Decoding()
         (x,) = samples.tensors
-        channels, height, width = shapes[0]
+        channels, height, width = network.input_shapes[0]
         space = InputSpace.of_samples(x) if space is None else space
         if space.channels != channels:
             raise InputError(f"{said}: expected an input space of {channels} channels, found {space.channels}")
@@ -161,15 +171,18 @@ class Climb:
         found: list[tuple[Tensor, ...]] = []
         with torch.inference_mode(False), bar(len(parts) * self.decoding.steps, self.said, "step") as shown:
             for part in parts:
-                coefficients, responses, climbed = self._climb(labels[part], part, objective, response, shown.update)
+                coefficients, *climb = self._climb(labels[part], part, objective, response, shown.update)
                 with torch.no_grad():
                     pictures = self._whole(coefficients)
                     inputs = self._inputs(pictures)
                     answers = response(photos[part], part), original(inputs, part)
-                found.append((pictures, inputs, responses, *answers, climbed))
-        pictures, inputs, responses, photo, whole, climbed = (torch.cat(each) for each in zip(*found, strict=True))
+                found.append((pictures, inputs, *answers, *climb))
+        columns = [torch.cat(each) for each in zip(*found, strict=True)]
+        pictures, inputs, photo, whole, responses, strength, climbed = columns
         self._warn(labels, climbed)
-        return Decoded(tuple(labels), pictures, inputs, self.decoding.noted, responses, photo, whole, target, climbed)
+        return Decoded(
+            tuple(labels), pictures, inputs, self.decoding.noted, responses, photo, whole, target, strength, climbed
+        )
 
     def _whole(self, coefficients: Tensor) -> Tensor:
         """Pictures as they are, of the size of the network's input."""
@@ -180,13 +193,13 @@ class Climb:
 
     def _climb(
         self, labels: Sequence[str], part: slice, objective: Answer, response: Answer, advance: Callable[[], object]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients after the last step, the responses noted, and whether there ever was a gradient."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Coefficients after the last step, the responses noted, the noise's strength, and if there was a gradient."""
         decoding = self.decoding
         generator = torch.Generator().manual_seed(decoding.seed)
         jitter = max(round(self.basis.height / 56), 1) if decoding.jitter is None else decoding.jitter
         like = self.like if self.like.dtype == torch.float64 else self.like.float()
-        leaf = self.basis.start(len(labels), generator, like).requires_grad_()
+        leaf, strength = self._begin(self.basis.start(len(labels), generator, like), part, objective)
         adam = torch.optim.Adam([leaf], lr=decoding.learning_rate, foreach=False)
         climbed = torch.zeros(len(labels), dtype=torch.bool, device=leaf.device)
         responses: list[Tensor] = []
@@ -200,16 +213,34 @@ class Climb:
             if step % decoding.every == 0:
                 note(step)
             move = Transformation.drawn(generator, jitter, decoding.scale, decoding.rotation)
-            with torch.enable_grad():
-                moved = move(self.basis.pictures(leaf), self.size)
-                value = objective(self._inputs(moved), part).sum()
-                (slope,) = torch.autograd.grad(value, [leaf], allow_unused=True) if value.requires_grad else (None,)
-            leaf.grad = torch.zeros_like(leaf) if slope is None else slope.neg_()
+            leaf.grad = self._slope(leaf, move, part, objective).neg_()
             climbed |= leaf.grad.flatten(1).any(dim=1)
             adam.step()
             advance()
         note(decoding.steps)
-        return leaf.detach(), torch.stack(responses, dim=1), climbed
+        return leaf.detach(), torch.stack(responses, dim=1), strength, climbed
+
+    def _begin(self, noise: Tensor, part: slice, objective: Answer) -> tuple[Tensor, Tensor]:
+        """Coefficients to begin with: of each row the faintest noise to which the objective has a gradient.
+
+        Around a nearly grey picture all that a pathway keeps may be dead.
+        """
+        strength = noise.new_ones(len(noise))
+        wide = [1] * (noise.ndim - 1)
+        for stronger in _STRENGTHS:
+            slope = self._slope((noise * strength.view(-1, *wide)).requires_grad_(), Transformation(), part, objective)
+            flat = ~slope.flatten(1).any(dim=1)
+            if not bool(flat.any()):
+                break
+            strength = torch.where(flat, stronger, strength)
+        return (noise * strength.view(-1, *wide)).requires_grad_(), strength
+
+    def _slope(self, leaf: Tensor, move: Transformation, part: slice, objective: Answer) -> Tensor:
+        """The gradient of the objective of moved pictures for their coefficients."""
+        with torch.enable_grad():
+            value = objective(self._inputs(move(self.basis.pictures(leaf), self.size)), part).sum()
+            (slope,) = torch.autograd.grad(value, [leaf], allow_unused=True) if value.requires_grad else (None,)
+        return torch.zeros_like(leaf) if slope is None else slope
 
     def _require_finite(self, labels: Sequence[str], values: Tensor, step: int) -> None:
         for label, value in zip(labels, values.tolist(), strict=True):
@@ -224,8 +255,8 @@ class Climb:
         if flat:
             shown = ", ".join(map(repr, flat[:5])) + (" …" if len(flat) > 5 else "")
             warnings.warn(
-                f"{self.said}: the response of {shown} does not depend on the picture, its gradient is 0 at each of "
-                f"{self.decoding.steps} steps: these pictures are the noise that was begun with",
+                f"{self.said}: the response of {shown} has no gradient, whatever the noise that is begun with and at "
+                f"each of {self.decoding.steps} steps: these pictures are that noise",
                 ConstantResponseWarning,
                 stacklevel=4,
             )

@@ -66,7 +66,8 @@ class PhotoFiles:
                 "row": label, "density": 1.0 if pathways is None else float(pathways.density[0]),
                 "photo_response": float(decoded.photo[number]), "first": float(decoded.responses[number, 0]),
                 "response": float(decoded.response[number]), "original_response": float(decoded.original[number]),
-                "climbed": bool(decoded.climbed[number]), "missing": "", "file": f"row_{file_name(label)}.png",
+                "noise": float(decoded.strength[number]), "climbed": bool(decoded.climbed[number]), "missing": "",
+                "file": f"row_{file_name(label)}.png",
             })  # fmt: skip
         rows += [{"row": key, "missing": reason, "file": "", "first": None} for key, reason in chosen.missing.items()]
         features: list[dict[str, Any]] = []

@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .climbing import Decoding
-from .decodefiles import DONE, PhotoFiles, file_name, responses, write_json
+from .climbing import Decoding, require_pictures
+from .decodefiles import DONE, FEATURES, PhotoFiles, file_name, responses, write_json
 from .decodephoto import Task, decode_photo
 from .digests import bytes_of
 from .errors import BranchError, InputError, RestrictionError, SampleError, StoreError
@@ -81,6 +81,7 @@ def decode_photos(
     """
     if network._restriction is not None:
         raise RestrictionError("decode: the network is restricted; leave the with block first")
+    require_pictures("decode", network)
     started = time.perf_counter()
     ids, path = checked_ids(dataset), Path(folder)
     (level,) = checked_sparsities((sparsity,))
@@ -164,6 +165,8 @@ def _begin(folder: Path, record: dict[str, Any]) -> None:
     there = _read_record(folder)
     if there is None:
         write_json(record, folder / _JOB)
+    elif there != record and not done_photos(folder) and not (folder / FEATURES).exists():
+        write_json(record, folder / _JOB)  # that job never got anywhere
     elif there != record:
         differing = [name for name in dict.fromkeys((*record, *there)) if there.get(name) != record.get(name)]
         said = "; ".join(

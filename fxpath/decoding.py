@@ -36,12 +36,13 @@ def decode(
     colours; without it [0, 1] is the range of each channel of `x` (`InputSpace.of_samples`). Without a target it is the
     class that the original network predicts for the photo.
 
-    Every row has its own coefficients, and all the same noise to begin with and the same moves. `max_batch` rows run at
-    a time (None: all). A row that runs alone does not depend on others in any bit; in a batch, but for the rounding of
-    convolutions. One seed gives one picture bit for bit on a CPU; elsewhere gradients of the resampling may be added in
-    any order.
+    Every row has its own coefficients, and all the same noise to begin with and the same moves. Where the response has
+    no gradient there, as all that is kept is dead, the noise is ten or a hundred times as strong (`strength`).
+    `max_batch` rows run at a time (None: all). A row that runs alone does not depend on others in any bit; in a batch,
+    but for the rounding of convolutions. One seed gives one picture bit for bit on a CPU; elsewhere gradients of the
+    resampling may be added in any order.
 
-    Warns with `ConstantResponseWarning` of rows whose response does not depend on the picture: these stay noise.
+    Warns with `ConstantResponseWarning` of rows whose response has no gradient even so: these stay noise.
     Raises `InputError` where the network takes anything but one floating-point picture, or a response becomes NaN.
     """
     if network._restriction is not None:

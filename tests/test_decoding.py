@@ -250,15 +250,51 @@ def test_half_precision_inputs() -> None:
 def test_an_empty_pathway_is_named_and_stays_noise() -> None:
     network, x = small(torch.float64), inputs()[:1].double()
     empty = fxpath.Pathways(torch.zeros(1, network.index.size, dtype=torch.bool), network.index)
-    said = r"decode: the response of 'nothing' does not depend on the picture, its gradient is 0 at each of 12 steps"
+    said = r"decode: the response of 'nothing' has no gradient, whatever the noise .* and at each of 12 steps: these"
     with pytest.warns(ConstantResponseWarning, match=said):
         found = decode(network, x, {"nothing": empty, "original": None}, decoding=QUICK, space=CIFAR)
     assert found.climbed.tolist() == [False, True]
+    assert found.strength.tolist() == [1, 1]
     assert (found.responses[0] == found.photo[0]).all()
     begun = Decoding(steps=1, every=1)
     noise = decode(network, x, decoding=dataclasses.replace(begun, learning_rate=1e-12), space=CIFAR).pictures[0]
     torch.testing.assert_close(found.pictures[0], noise, rtol=0, atol=1e-9)
     assert (found.pictures[0] - found.pictures[1]).abs().max() > 0.01
+
+
+def test_a_dead_start_is_overcome_by_stronger_noise() -> None:
+    """Rows that are dead around grey begin with the faintest of three noises in which they are alive."""
+
+    class Shy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("below", torch.tensor([0.0, 0.05, 0.3, 2.0]).view(1, 4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu((x[:, :1] - 0.5).abs() - self.below).mean((2, 3))
+
+    x = torch.rand(1, 3, 12, 12, dtype=torch.float64)
+    network = fxpath.trace(Shy().double().eval(), x)
+    unit = InputSpace.normalised((0.0,) * 3, (1.0,) * 3)
+    decoding = Decoding(steps=30, decorrelated=False, **STILL)
+    found = {}
+    for target in range(3):
+        found[target] = decode(network, x, target=target, decoding=decoding, space=unit)
+        assert found[target].climbed.tolist() == [True]
+        assert found[target].response > found[target].responses[:, 0]
+    with pytest.warns(ConstantResponseWarning):
+        found[3] = decode(network, x, target=3, decoding=decoding, space=unit)
+    assert [float(found[target].strength) for target in range(4)] == [1, 10, 100, 1]
+    fourfold = replace_target(network, x, [0, 1, 3, 2], decoding, unit)
+    assert fourfold.strength.tolist() == [1, 10, 1, 100]
+    assert torch.equal(fourfold.pictures[1], found[1].pictures[0])
+
+
+def replace_target(
+    network: fxpath.Network, x: Tensor, targets: list[int], decoding: Decoding, space: InputSpace
+) -> Decoded:
+    with pytest.warns(ConstantResponseWarning):
+        return decode(network, x.repeat(4, 1, 1, 1), target=targets, decoding=decoding, space=space)
 
 
 def test_a_response_that_overflows_is_told() -> None:
@@ -342,9 +378,9 @@ def _tokens() -> tuple[fxpath.Network, Any]:
 @pytest.mark.parametrize(
     ("made", "found"),
     [
-        (_vectors, r"float32 \(2, 4\)"),
-        (_two, r"float32 \(2, 3, 4, 4\), float32 \(2, 3\)"),
-        (_tokens, r"int64 \(2, 1, 3, 4\)"),
+        (_vectors, r"float32 \(B, 4\)"),
+        (_two, r"float32 \(B, 3, 4, 4\), float32 \(B, 3\)"),
+        (_tokens, r"int64 \(B, 1, 3, 4\)"),
     ],
 )
 def test_networks_without_pictures_are_refused(made: Callable[[], tuple[fxpath.Network, Any]], found: str) -> None:

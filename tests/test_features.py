@@ -75,7 +75,7 @@ def test_a_dead_channel_comes_alive_by_its_pre_activation() -> None:
 def test_a_channel_that_nothing_moves_is_named() -> None:
     _, network, x = colours()
     with pytest.warns(
-        ConstantResponseWarning, match="visualise: the response of 'channel 3' does not depend on the pic"
+        ConstantResponseWarning, match="visualise: the response of 'channel 3' has no gradient, whatever"
     ):
         found = visualise(network, x, "relu", [3, 0], decoding=DECODING, space=UNIT)
     assert found.climbed.tolist() == [False, True]
@@ -164,7 +164,7 @@ def test_channels_that_are_refused() -> None:
     vectors = torch.rand(2, 4)
     other = fxpath.trace(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).eval(), vectors)
     with pytest.raises(
-        InputError, match=r"visualise: expected a network whose one input is .*, found float32 \(1, 4\)"
+        InputError, match=r"visualise: expected a network whose one input is .*, found float32 \(B, 4\)"
     ):
         visualise(other, vectors[:1], 0, [0], **options)
 
