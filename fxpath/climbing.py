@@ -18,6 +18,7 @@ from .progress import bar
 from .samples import Samples
 from .transformations import Transformation
 
+_EPS = 1e-18  # of Adam: steps do not depend on the unit of the response; squares of float32 hold that much
 _STRENGTHS = (10.0, 100.0, 1.0)  # of noise where the faintest will not do; the last where none does
 
 Answer = Callable[[Tensor, slice], Tensor]  # of inputs (n, *input) that are some of the rows: (n,)
@@ -200,7 +201,7 @@ class Climb:
         jitter = max(round(self.basis.height / 56), 1) if decoding.jitter is None else decoding.jitter
         like = self.like if self.like.dtype == torch.float64 else self.like.float()
         leaf, strength = self._begin(self.basis.start(len(labels), generator, like), part, objective)
-        adam = torch.optim.Adam([leaf], lr=decoding.learning_rate, foreach=False)
+        adam = torch.optim.Adam([leaf], lr=decoding.learning_rate, eps=_EPS, foreach=False)
         climbed = torch.zeros(len(labels), dtype=torch.bool, device=leaf.device)
         responses: list[Tensor] = []
 

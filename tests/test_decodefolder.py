@@ -294,12 +294,13 @@ def test_more_photos_can_be_added(tmp_path: Path) -> None:
     assert pd.read_csv(done.table)["photo"].unique().tolist() == [cifar().ids[2], cifar().ids[0]]
 
 
-def test_a_damaged_channel_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["{}", '{"job": "another", "means": [3.0]}', "no json"])
+def test_a_damaged_channel_is_made_again(tmp_path: Path, damage: str) -> None:
     options = OPTIONS | {"sites": ["relu_1"]}
     decode_photos(small(), Chosen(range(1)), tmp_path, **options)
     before = contents(tmp_path)
     for damaged in (tmp_path / "features" / "relu_1").glob("*.json"):
-        damaged.write_text("{}")
+        damaged.write_text(damage)
     (of_photo(tmp_path, 0) / "decoded.json").unlink()
     decode_photos(small(), Chosen(range(1)), tmp_path, **options)
     assert contents(tmp_path) == before

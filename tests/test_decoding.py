@@ -124,6 +124,18 @@ def test_decoding_raises_the_response_of_a_small_network() -> None:
     assert float(found.response[0]) > 4
 
 
+def test_moves_make_the_response_robust_to_moves() -> None:
+    """What was climbed under rolls keeps more of its response when it is rolled."""
+    network, x = small(), inputs()[3:4]
+    kept = {}
+    for jitter in (0, 3):
+        decoding = Decoding(steps=60, learning_rate=0.1, jitter=jitter, scale=0.0, rotation=0.0)
+        found = decode(network, x, target=3, decoding=decoding, space=CIFAR)
+        rolled = torch.cat([found.inputs.roll((down, right), (2, 3)) for down in (-3, 0, 2) for right in (-2, 1, 3)])
+        kept[jitter] = float(network.respond(rolled, 3).mean().detach() / found.response[0])
+    assert kept[3] > kept[0] + 0.2
+
+
 def test_decoding_raises_the_response_of_a_real_network() -> None:
     loaded = load_model("zoo:squeezenet1_1")
     x = load_images("foolbox:imagenet", loaded.preprocess, limit=1)[0][0].unsqueeze(0)
@@ -200,6 +212,19 @@ def test_one_seed_one_picture() -> None:
     elsewhere = decode(network, inputs()[5:6], target=target, decoding=QUICK, space=CIFAR)
     assert torch.equal(first.pictures, elsewhere.pictures)
     assert not torch.equal(first.photo, elsewhere.photo)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_the_unit_of_the_response_does_not_matter(unit: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    x = torch.rand(1, 3, 8, 8)
+    plain, scaled = (
+        decode(fxpath.trace(model, x, response=lambda y, by=by: by * y[:, 0]), x, decoding=QUICK, space=SPACE)
+        for by in (1.0, unit)
+    )
+    torch.testing.assert_close(plain.pictures, scaled.pictures, rtol=0, atol=1e-4)
+    assert (plain.pictures - 0.5).abs().max() > 0.05
 
 
 def test_photos_and_pathways_in_batches() -> None:

@@ -145,6 +145,11 @@ def test_channels_of_tokens_and_of_windows() -> None:
     expected = torch.relu(model.fc(x.permute(0, 2, 3, 1))).mean((0, 1, 2)).detach()
     torch.testing.assert_close(found.photo, expected[[1, 2]])
     assert (found.response > found.responses[:, 0]).all()
+    many = torch.rand(6, 3, 4, 6, dtype=torch.float64)
+    scores = fxpath.NeuronMCT().scores(network, many)
+    tops = top_neurons(network, many, scores.pathways(0.5), site, scores=scores)
+    assert [top and top.channel for top in tops] == [int(row.argmax()) % 5 for row in scores.values]
+    assert any(top is not None and top.coordinates[0] != top.channel for top in tops)
 
 
 def test_channels_that_are_refused() -> None:
