@@ -387,4 +387,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(2)
 
 
-from . import cli_attribute as cli_attribute  # noqa: E402  its command registers itself
+from . import cli_attribute as cli_attribute  # noqa: E402  their commands register themselves
+from . import cli_decode as cli_decode  # noqa: E402
