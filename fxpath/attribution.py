@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .errors import InputError, RestrictionError, unknown
+from .errors import EmptyPathwaysWarning, InputError, RestrictionError, unknown
 from .gates import Gates, Restriction
 from .network import Network
 from .nodes import called_module, carries_data, plain_name
+from .outcomes import require_finite_response
 from .pathways import Pathways
 from .responses import respond
 from .rewriting import GATES, cut, prefix
@@ -33,77 +35,135 @@ def pathway_gradient(
     of the response per unit of input, None in place of tensors of whole numbers. `wrt` names a node in place of the
     inputs: then it is the gradient `(B, …)` for what that node gives, such as an embedding's vectors.
 
-    Raises `InputError` where all inputs are whole numbers, naming the embedding that reads them.
+    Warns with `EmptyPathwaysWarning` of samples whose pathway keeps no neuron. Raises `InputError` where all inputs are
+    whole numbers, naming the embedding that reads them, `RestrictionError` for pathways of another network or batch and
+    within a restriction, and `SampleError` where the response is NaN or infinite.
     """
-    if network._restriction is not None:
-        raise RestrictionError("pathway_gradient: the network is restricted already; leave the with block first")
-    gates = network._gates_of(pathways)
-    samples = network.samples(x, target).require_finite()
-    _require_batch("pathway_gradient", pathways, samples)
-    held = Restriction(gates, [None] * len(network.index), held=True)
+    gates, samples = _checked("pathway_gradient", network, x, pathways, target, around=wrt is None)
+    held = Restriction(gates, [None] * len(network.index), held=True).checked(network.index, network.device)
     if wrt is not None:
-        return _at_node(network, samples, held.checked(network.index, network.device), wrt)
-    return _at_inputs(network, samples, held, "pathway_gradient")
-
-
-def _require_batch(said: str, pathways: Pathways, samples: Samples) -> None:
-    if 1 != pathways.batch != samples.batch:
-        raise RestrictionError(
-            f"{said}: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
-        )
-
-
-def _at_inputs(network: Network, samples: Samples, restriction: Restriction, said: str) -> Any:
-    """The gradients of a restricted network, like the inputs."""
-    if not any(_has_gradient(tensor) for tensor in samples.tensors):
-        raise InputError(_no_gradient(network, said))
-    checked = restriction.checked(network.index, network.device)
-    with torch.inference_mode(False), torch.enable_grad():
-        given = samples.map(lambda leaf: leaf.detach().requires_grad_(_has_gradient(leaf)))
-        output = network._run(given, Gates(network.index, checked))
-        gradients = iter(_gradients(network, samples, output, [leaf for leaf in given.tensors if leaf.requires_grad]))
-    return pytree.tree_map(
-        lambda leaf: next(gradients) if isinstance(leaf, Tensor) and _has_gradient(leaf) else None, samples.inputs
-    )
+        return _at_node(network, samples, held, wrt)
+    return _at_inputs(network, samples, Gates(network.index, held), "pathway_gradient")
 
 
 def masked_gradient(network: Network, x: Any, pathways: Pathways, target: type_of_target = None) -> Any:
     """∇ₓΦ(x; e ⊙ a), the gradient of the network that is masked to `pathways`: off-path activations are 0.
 
     This is what the code that the paper's authors released computes, and not the quantity of Propositions 4 and 5,
-    which is `pathway_gradient`. Arguments, result and errors are that function's.
+    which is `pathway_gradient`. Without a target it is of the class that the original network predicts. Arguments,
+    result, warnings and errors are those of that function.
     """
+    _, samples = _checked("masked_gradient", network, x, pathways, target)
+    with network.masked(pathways):
+        return _at_inputs(network, samples, Gates(network.index, network._restriction), "masked_gradient")
+
+
+def input_gradient(network: Network, x: Any, target: type_of_target = None) -> Any:
+    """∇ₓΦ(x), the plain gradient; arguments, result and errors are those of `pathway_gradient`."""
+    require_open("input_gradient", network)
+    return _at_inputs(network, network.samples(x, target).require_finite(), Gates(network.index), "input_gradient")
+
+
+def require_open(said: str, network: Network) -> None:
+    """Raise `RestrictionError` within `network.masked` and the like: gradients there would be of another network."""
     if network._restriction is not None:
-        raise RestrictionError("masked_gradient: the network is restricted already; leave the with block first")
+        raise RestrictionError(f"{said}: the network is restricted already; leave the with block first")
+
+
+def _checked(
+    said: str, network: Network, x: Any, pathways: Pathways, target: type_of_target, *, around: bool = True
+) -> tuple[list[Tensor], Samples]:
+    """λ of every site and the samples, if they fit; warns of pathways that are empty.
+
+    `around`: whether what is asked for are gradients at the inputs, which the edges of the sites speak of.
+    """
+    require_open(said, network)
     gates = network._gates_of(pathways)
     samples = network.samples(x, target).require_finite()
-    _require_batch("masked_gradient", pathways, samples)
-    with network.masked(pathways):  # the class explained is the one that the original network predicts
-        return _at_inputs(network, samples, Restriction(gates, [None] * len(network.index)), "masked_gradient")
+    if 1 != pathways.batch != samples.batch:
+        raise RestrictionError(
+            f"{said}: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
+        )
+    empty = ~pathways.mask.any(dim=1)
+    if bool(empty.any()):
+        rows = torch.nonzero(empty.expand(samples.batch)).flatten().tolist()
+        names = ", ".join(repr(samples.names[row]) for row in rows[:5]) + (" …" if len(rows) > 5 else "")
+        zero = around and (-1, len(network.index)) not in network.edges
+        left = "it is 0 everywhere" if zero else "it is of what reaches the response through no site"
+        warnings.warn(
+            f"{said}: the pathway of sample {names} keeps no neuron, so no gradient passes a site: {left}. Take a "
+            "smaller sparsity, or look at the sample",
+            EmptyPathwaysWarning,
+            stacklevel=3,
+        )
+    return gates, samples
+
+
+def _at_inputs(network: Network, samples: Samples, gates: Gates, said: str) -> Any:
+    """The gradients of a network with these gates, like the inputs."""
+    if not any(_has_gradient(tensor) for tensor in samples.tensors):
+        raise InputError(_no_gradient(network, said))
+    with torch.inference_mode(False), torch.enable_grad():
+        given = samples.map(lambda leaf: leaf.detach().requires_grad_(_has_gradient(leaf)))
+        output = network._run(given, gates)
+        gradients = iter(_gradients(network, samples, output, [leaf for leaf in given.tensors if leaf.requires_grad]))
+    return pytree.tree_map(
+        lambda leaf: next(gradients) if isinstance(leaf, Tensor) and _has_gradient(leaf) else None, samples.inputs
+    )
 
 
 def pixel_scores(maps: Tensor, reduction: Reduction = "max_abs") -> Tensor:
     """One number a pixel: `(B, C, H, W)` → `(B, H, W)` (any number of axes behind the channels).
 
-    "max_abs": the largest |·| of the channels (the paper's); "signed_max": that channel's signed value; "signed_sum".
+    "max_abs": the largest |·| of the channels (the paper's); "signed_max": that channel's signed value, the first one's
+    of several; "signed_sum": the sum over channels. Raises `InputError` for maps of another form, or with NaN in them.
+
+    >>> maps = torch.tensor([1.0, -3.0]).view(1, 2, 1, 1)
+    >>> [float(pixel_scores(maps, kind)) for kind in ("max_abs", "signed_max", "signed_sum")]
+    [3.0, -3.0, -2.0]
     """
-    if maps.ndim < 3:
-        raise InputError(f"pixel scores: expected maps (B, C, H, W), found {tuple(maps.shape)}")
+    if reduction not in get_args(Reduction):
+        raise InputError(f"pixel scores: {unknown('reduction', str(reduction), get_args(Reduction))}")
+    _require_numbers("pixel scores", maps, 3, "maps (B, C, H, W)")
     if reduction == "max_abs":
         return maps.abs().amax(dim=1)
     if reduction == "signed_max":
         return maps.gather(1, maps.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-    if reduction == "signed_sum":
-        return maps.sum(dim=1)
-    raise InputError(f"pixel scores: {unknown('reduction', reduction, get_args(Reduction))}")
+    return maps.sum(dim=1)
 
 
 def opened(scores: Tensor, size: int = 3) -> Tensor:
-    """Grey-scale morphological opening of score maps `(B, H, W)` by a square of `size` pixels (the paper's `*`)."""
+    """Grey-scale morphological opening of score maps `(B, H, W)` by a square of `size` pixels (the paper's `*`).
+
+    What no such square fits under goes: a bright pixel alone, a thin line. Maps continue beyond their borders as their
+    mirror images do. One axis in space or three do as well. Raises `InputError` for a size below 1 and maps of another
+    form, or with NaN in them.
+
+    >>> opened(torch.tensor([[0.0, 5.0, 0.0, 4.0, 4.0, 4.0, 0.0]])).tolist()
+    [[0.0, 0.0, 0.0, 4.0, 4.0, 4.0, 0.0]]
+    """
     from scipy.ndimage import grey_opening
 
-    done = grey_opening(scores.detach().cpu().numpy(), size=(1, *[size] * (scores.ndim - 1)))
-    return torch.from_numpy(done).to(scores.device)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"opening: expected a size of 1 pixel or more, found {size!r}")
+    _require_numbers("opening", scores, 2, "score maps (B, H, W)")
+    values = scores.detach().cpu()
+    values = values.float() if values.element_size() < 4 else values  # SciPy has no float16
+    done = grey_opening(values.numpy(), size=(1, *[size] * (scores.ndim - 1)))
+    return torch.from_numpy(done).to(scores)
+
+
+def _require_numbers(said: str, maps: Tensor, axes: int, expected: str) -> None:
+    if not isinstance(maps, Tensor) or maps.ndim < axes or not maps.is_floating_point():
+        found = f"{maps.dtype} {tuple(maps.shape)}" if isinstance(maps, Tensor) else type(maps).__name__
+        raise InputError(f"{said}: expected floating-point {expected}, found {found}")
+    missing = torch.isnan(maps).flatten(1).any(dim=1)
+    if bool(missing.any()):
+        rows = torch.nonzero(missing).flatten().tolist()
+        raise InputError(
+            f"{said}: the map of row {', '.join(map(str, rows[:5]))} holds NaN, which has no place in an order of "
+            "pixels; look at what made it, or leave it out"
+        )
 
 
 def _has_gradient(tensor: Tensor) -> bool:
@@ -112,6 +172,7 @@ def _has_gradient(tensor: Tensor) -> bool:
 
 def _gradients(network: Network, samples: Samples, output: Any, leaves: list[Tensor]) -> list[Tensor]:
     value = respond(network.response, output, network._resolve(output, samples), samples.batch)
+    require_finite_response(value.detach(), samples)
     found = torch.autograd.grad(value.sum(), leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
     return [torch.zeros_like(leaf) if each is None else each for leaf, each in zip(leaves, found, strict=True)]
 

@@ -80,7 +80,7 @@ class TraceWarning(UserWarning):
 
 
 class EmptyPathwaysWarning(UserWarning):
-    """A sparsity so high that no neuron is kept."""
+    """Pathways that keep no neuron: of a sparsity too high, or given where they say nothing."""
 
 
 class NoContributionWarning(UserWarning):

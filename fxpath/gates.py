@@ -20,7 +20,8 @@ class Restriction:
 
     A bool λ selects exactly: a where it is True, μ (0 without one) where it is False. A float λ multiplies and μ is
     added; both are differentiable in λ and μ. `inverted` takes a bool λ for its complement, without
-    making that; None stays open. `held`: in place of μ stands what a itself is in this very run, without its gradient.
+    making that; None stays open. `held`: in place of μ stands what a itself is in this very run, so that a passes as it
+    is and λ, bool, is left to its gradient.
     """
 
     scale: Sequence[Tensor | None]
@@ -43,9 +44,10 @@ class Restriction:
                 if given is not None:
                     _require_fit(name, given, site, device)
         floats = [site.name for site, given in zip(index.sites, self.scale, strict=True) if _is_number(given)]
-        if self.inverted and floats:
+        if (self.inverted or self.held) and floats:
             raise RestrictionError(
-                f"restriction: only a bool λ can be inverted, found numbers for {', '.join(floats[:3])}; invert them"
+                f"restriction: only a bool λ can be {'inverted' if self.inverted else 'held'}, found numbers for "
+                f"{', '.join(floats[:3])}"
             )
         if not any(t is not None and t.is_inference() for t in (*self.scale, *self.shift)):
             return self
@@ -99,8 +101,8 @@ class Gates:
             site = self.index.sites[number]
             scale, shift = self.restriction.scale[number], self.restriction.shift[number]
             if self.restriction.held and scale is not None:
-                shift = activation.detach().view(-1, *site.shape)
-            if scale is not None or shift is not None:
+                value = _held(activation, scale, site, self.restriction.inverted)
+            elif scale is not None or shift is not None:
                 value = _apply(activation, scale, shift, site, self.restriction.inverted)
         if self.differentiate and (number in self.entries or not value.requires_grad):
             value = value.detach().requires_grad_()
@@ -144,6 +146,15 @@ def _apply(activation: Tensor, scale: Tensor | None, shift: Tensor | None, site:
         )
     value = value.to(activation.dtype)  # λ and μ may be of another type; what follows the site expects its own
     return value if value.stride() == activation.stride() else _laid_out_like(value, activation)
+
+
+def _held(activation: Tensor, scale: Tensor, site: Site, inverted: bool) -> Tensor:
+    """The activation itself, as λ ⊙ a + (1 − λ) ⊙ a is; λ applies to the gradient that comes back."""
+    if not activation.requires_grad:
+        return activation
+    value = activation.view_as(activation)  # the hook is for what the gate hands on, not for what others made of a
+    value.register_hook(lambda slope: _apply(slope, scale, None, site, inverted))  # type: ignore[no-untyped-call]
+    return value
 
 
 def _require_fit(name: str, given: Tensor, site: Site, device: torch.device) -> None:

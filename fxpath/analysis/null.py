@@ -8,13 +8,13 @@ what is expected of their overlap needs no draws at all.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fxpath.errors import InputError, StoreError
+from fxpath.matching import draw_active
 
 from .reading import chosen_keys, reached
 
@@ -81,23 +81,7 @@ def random_active(store: Store, key: str, sample: int | str, seed: int = 0) -> n
     is not there, was not reached or failed, `InputError` for a negative seed.
     """
     mask, active, row = _pair(store, key, sample)
-    if seed < 0:
-        raise InputError(f"random_active: expected a seed of at least 0, found {seed}")
-    index = store.index
-    sizes = index.count_by_site(mask[None])[0]
-    drawn = np.zeros(index.nbytes, dtype=np.uint8)
-    text = f"{key}\0{store.ids[row]}".encode()
-    words = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), dtype="<u4").tolist()
-    for number, (site, size) in enumerate(zip(index.sites, sizes, strict=True)):
-        alive = np.flatnonzero(index.unpack_site(site, active[site.bytes]))
-        chosen = np.zeros(site.neurons, dtype=np.bool_)
-        if alive.size <= size:
-            chosen[alive] = True
-        else:
-            random = np.random.default_rng([seed, number, *words])
-            chosen[random.choice(alive, int(size), replace=False, shuffle=False)] = True
-        drawn[site.bytes] = np.packbits(chosen, bitorder="little")
-    return drawn
+    return draw_active(store.index, mask, active, key, str(store.ids[row]), seed)
 
 
 def shortfall(store: Store, key: str, sample: int | str) -> npt.NDArray[np.int64]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -34,7 +34,9 @@ class Method(Protocol):
     ) -> Tensor:
         """Signed maps `(B, C, H, W)`, or `(B, 1, H, W)` where the method has no channels, detached, on x's device.
 
-        `pathways` are those of the key `pathway`; without them they are selected here.
+        `pathways` are those of the key `pathway`; without them they are selected here. Without a target it is the class
+        that the network predicts for x. Raises `InputError` unless the network has one floating-point input, and
+        `RestrictionError` within a restriction.
         """
 
 
@@ -73,9 +75,13 @@ class Compared:
         )
 
 
-def one_map(found: Any) -> Tensor:
-    """The one map of what is like the inputs; raises `InputError` where there are several."""
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
-    if len(leaves) != 1:
-        raise InputError(f"attribution: expected a network with one floating-point input, found {len(leaves)}")
-    return leaves[0]
+def require_whole(method: str, parameter: str, value: Any, least: int) -> None:
+    """Raise `InputError` unless a parameter is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{method}: expected {parameter} to be a whole number ≥ {least}, found {value!r}")
+
+
+def require_share(method: str, parameter: str, value: Any) -> None:
+    """Raise `InputError` unless a parameter is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{method}: expected {parameter} to be a number ≥ 0, found {value!r}")
