@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from .cli import (
     say_stopped,
     traced,
 )
+from .errors import InputError
 
 if TYPE_CHECKING:
     from .mapping import MapReport
@@ -115,26 +115,28 @@ def draw(report: MapReport, loaded: LoadedModel, dataset: Any, folder: Path) -> 
     """Figures of the first samples that have maps, together and each alone; returns how many were written."""
     import numpy as np
 
+    from .mapfigures import overview_figure, sample_figure
     from .plotting import save
     from .store import open_store
 
-    room: Any = importlib.import_module("fxpath.mapfigures")
-    shown = getattr(loaded, "picture", None)  # what an input shows, in the frame of the map
     with open_store(report.path) as store:
         there = np.any([store.map_missing(key) == "" for key in report.methods], axis=0)
         rows = np.flatnonzero(there)[:FIGURES].tolist()
         if not rows:
             return 0
         names = [str(store.ids[row]) for row in rows]
-        pictures = {name: shown(_input(dataset[row])) for name, row in zip(names, rows, strict=True)} if shown else None
-        save(room.overview_figure(store, names, report.methods, pictures=pictures), folder / "maps.png")
+        pictures = {name: _picture(loaded, dataset[row]) for name, row in zip(names, rows, strict=True)}
+        known = {name: picture for name, picture in pictures.items() if picture is not None}
+        save(overview_figure(store, names, report.methods, pictures=known), folder / "maps.png")
         for name, row in zip(names, rows, strict=True):
-            picture = None if pictures is None else pictures[name]
-            figure = room.sample_figure(store, name, report.methods, picture=picture)
+            figure = sample_figure(store, name, report.methods, picture=pictures[name])
             save(figure, folder / f"sample_{row:05d}.png")
     return 1 + len(rows)
 
 
-def _input(entry: Any) -> Any:
-    """The input of a data set's entry, with or without a label."""
-    return entry[0] if isinstance(entry, tuple | list) else entry
+def _picture(loaded: LoadedModel, entry: Any) -> Any:
+    """What the input of a data set's entry, with or without a label, shows; None where it is no picture."""
+    try:
+        return loaded.picture(entry[0] if isinstance(entry, tuple | list) else entry)
+    except (InputError, AttributeError):  # other channels, or no single tensor
+        return None

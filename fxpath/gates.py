@@ -21,13 +21,14 @@ class Restriction:
     A bool λ selects exactly: a where it is True, μ (0 without one) where it is False. A float λ multiplies and μ is
     added; both are differentiable in λ and μ. `inverted` takes a bool λ for its complement, without
     making that; None stays open. `held`: in place of μ stands what a itself is in this very run, so that a passes as it
-    is and λ, bool, is left to its gradient.
+    is and λ, bool, is left to its gradient; `forward` holds it for derivatives in forward mode as well.
     """
 
     scale: Sequence[Tensor | None]
     shift: Sequence[Tensor | None]
     inverted: bool = False
     held: bool = False
+    forward: bool = False
     of: tuple[type_of_id, ...] | None = None
 
     def checked(self, index: NeuronIndex, device: torch.device) -> Restriction:
@@ -101,7 +102,11 @@ class Gates:
             site = self.index.sites[number]
             scale, shift = self.restriction.scale[number], self.restriction.shift[number]
             if self.restriction.held and scale is not None:
-                value = _held(activation, scale, site, self.restriction.inverted)
+                if self.restriction.forward:
+                    own = activation.detach().view(-1, *site.shape)
+                    value = _apply(activation, scale, own, site, self.restriction.inverted)
+                else:
+                    value = _held(activation, scale, site, self.restriction.inverted)
             elif scale is not None or shift is not None:
                 value = _apply(activation, scale, shift, site, self.restriction.inverted)
         if self.differentiate and (number in self.entries or not value.requires_grad):

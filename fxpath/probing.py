@@ -270,6 +270,5 @@ def _unfolded(windows: Tensor, sizes: Sequence[int], fold: int) -> Tensor:
 
 def held(network: Network, pathways: Pathways) -> Restriction:
     """The network frozen to pathways, at the very input that it runs on."""
-    return Restriction(network._gates_of(pathways), [None] * len(network.index), held=True).checked(
-        network.index, network.device
-    )
+    restriction = Restriction(network._gates_of(pathways), [None] * len(network.index), held=True, forward=True)
+    return restriction.checked(network.index, network.device)

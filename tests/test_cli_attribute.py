@@ -17,6 +17,7 @@ import pytest
 import small_jobs
 from commands import Said, typed
 from matplotlib.figure import Figure
+from PIL import Image
 from processes import leftovers
 from small_jobs import Chosen, add_maps, build, by_sample, inputs, seven
 from test_kill import ENVIRONMENT, heeds_control_c  # noqa: F401  a fixture
@@ -24,6 +25,7 @@ from test_kill import ENVIRONMENT, heeds_control_c  # noqa: F401  a fixture
 import fxpath
 from fxpath import mapping
 from fxpath.cli import main
+from fxpath.errors import InputError
 from fxpath.zoo import LoadedModel
 
 SMALL = ("small_jobs:build", "small_jobs:seven")
@@ -129,7 +131,10 @@ def room(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_figures_show_the_store_s_thumbnails(
     run: Callable[..., Said], tmp_path: Path, room: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(LoadedModel, "picture", raising=False)
+    def none(self: LoadedModel, x: Any) -> None:
+        raise InputError("no picture")
+
+    monkeypatch.setattr(LoadedModel, "picture", none)
     monkeypatch.setattr(small_jobs, "many", lambda: Chosen(range(12), {1: OSError("gone")}), raising=False)
     said = run("attribute", "small_jobs:build", "small_jobs:many", "-o", "run.h5", "--method", "gradient",
                "neuron_mct@0.9", "--figures", "figures", *QUICK)  # fmt: skip
@@ -138,7 +143,7 @@ def test_figures_show_the_store_s_thumbnails(
     rows = [0, 2, 3, 4, 5, 6, 7, 8]  # the first eight that have maps
     names = [Chosen(range(12)).ids[row] for row in rows]
     keys = ("gradient", "neuron_mct@0.9")
-    assert room[0] == ("overview", tuple(names), keys, None)
+    assert room[0] == ("overview", tuple(names), keys, {})
     assert room[1:] == [("sample", name, keys, None, (12, 32, 32)) for name in names]
     assert leftovers(tmp_path / "figures") == {"maps.png", *(f"sample_{row:05d}.png" for row in rows)}
 
@@ -152,6 +157,17 @@ def test_figures_show_what_the_network_sees(
     shown = {name: int(inputs()[row].sum()) % 256 for row, name in enumerate(seven().ids[:2])}
     assert {name: int(picture.mean()) for name, picture in room[0][3].items()} == shown
     assert [int(call[3].mean()) for call in room[1:]] == list(shown.values())
+
+
+def test_figures_are_drawn(run: Callable[..., Said], tmp_path: Path) -> None:
+    """Without any stand-in: pictures of the store's maps."""
+    assert run(*given("--method", "gradient", "neuron_mct@0.9", "--figures", "out", "--limit", "2")).code == 0
+    drawn = sorted((tmp_path / "out").iterdir())
+    assert [each.name for each in drawn] == ["maps.png", "sample_00000.png", "sample_00001.png"]
+    for each in drawn:
+        shades = np.asarray(Image.open(each).convert("L"))
+        assert shades.shape[1] == 975
+        assert len(np.unique(shades)) > 50
 
 
 def test_no_map_no_figure(

@@ -26,6 +26,7 @@ from fxpath.samples import Samples
 from fxpath.windows import maximum
 
 PATHWAYS = 200
+pytestmark = pytest.mark.filterwarnings("ignore::fxpath.errors.EmptyPathwaysWarning")  # random ones may be
 
 
 class Rectified(Head):
