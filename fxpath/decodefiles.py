@@ -211,7 +211,7 @@ def file_name(name: str) -> str:
     """A file's or folder's name for a name of any letters: itself where all systems take it, else one with a hash.
 
     >>> file_name("neuron_mct@0.98"), file_name("a/b.png")
-    ('neuron_mct@0.98', 'a_b.png-6a7b4f0d')
+    ('neuron_mct@0.98', 'a_b.png-88f7ec79')
     """
     if _PLAIN.fullmatch(name) and name not in _TAKEN:
         return name
