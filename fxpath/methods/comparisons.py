@@ -63,14 +63,14 @@ class InputIntGrad(Compared):
     """Integrated gradients of the input, from 0 (in the network's own, normalised units) to x.
 
     The midpoint rule with `steps` nodes: the sum of a map differs from Φ(x) − Φ(0) by no more than the variation of
-    the slope along the path over 2·steps.
+    the slope along the path over 2·steps. In deep networks that may be more than Φ itself: look at the sum.
     """
 
     name: ClassVar[str] = "input_intgrad"
     steps: int = 50
 
     def __post_init__(self) -> None:
-        require_whole(self.name, "steps", self.steps, 1)
+        require_whole(self.name, "steps", self.steps, 2)  # captum takes no single step
 
     def attribute(
         self, network: Network, x: Any, target: type_of_target = None, pathways: Pathways | None = None
