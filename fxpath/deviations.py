@@ -174,7 +174,7 @@ def _moved(start: Samples, ray: Samples, length: Tensor) -> tuple[Samples, Tenso
 
 def _fitting(length: float | Tensor, samples: Samples) -> Tensor:
     """A length for each sample, `(B,)`."""
-    given = torch.as_tensor(length, dtype=torch.float64, device=samples.device).flatten()
+    given = torch.as_tensor(length, dtype=_flat(samples).dtype, device=samples.device).detach().flatten()
     if given.numel() not in (1, samples.batch) or bool((given < 0).any()) or bool(given.isnan().any()):
         raise InputError(f"local linearity: expected lengths of at least 0, one or {samples.batch}, found {length!r}")
     return given.expand(samples.batch)

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 import fxpath
+from fxpath.decoding import Decoding, decode
+from fxpath.deviations import verify_linearity
+from fxpath.linearity import linear_radius, ray_radius
+from fxpath.methods import parse_method
 from fxpath.pathways import pack_bits
 
 pytestmark = pytest.mark.gpu
@@ -69,3 +73,45 @@ def test_random_pathways_do_not_depend_on_the_device() -> None:
     there = fxpath.Random(seed=2).select(network, x, [0.7])[0.7]
     here = fxpath.Random(seed=2).select(on_host, y, [0.7])[0.7]
     assert torch.equal(there.mask.cpu(), here.mask)
+
+
+def test_local_linearity_on_the_device() -> None:
+    network, x = network_on("cuda")
+    on_host, y = network_on("cpu")
+    pathways = fxpath.NeuronMCT().scores(on_host, y).pathways(0.7)
+    there = fxpath.Pathways(pathways.mask.to("cuda"), network.index)
+    found = linear_radius(network, x, there)
+    assert found.value.is_cuda
+    assert found.towards.is_cuda
+    torch.testing.assert_close(found.value.cpu(), linear_radius(on_host, y, pathways).value, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        ray_radius(network, x, there, 4).cpu(), ray_radius(on_host, y, pathways, 4), rtol=1e-3, atol=0
+    )
+    table = verify_linearity(network, x, there, directions=2)
+    assert table[table["inside"]]["relative"].max() < 1e-5
+
+
+def test_attribution_on_the_device(tmp_path: Path) -> None:
+    network, x = network_on("cuda")
+    on_host, y = network_on("cpu")
+    for key in (
+        "gradient",
+        "guided_backprop",
+        "grad_cam",
+        "neuron_mct@0.8",
+        "masked_gradient:neuron_mct@0.8",
+        "active",
+    ):
+        there, here = (parse_method(key).attribute(net, z, 3) for net, z in ((network, x), (on_host, y)))
+        assert there.is_cuda
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-4)
+    report = fxpath.attribute(network, list(x.cpu()), tmp_path / "run.h5", methods=["gradient", "neuron_mct@0.8*"],
+                              micro_batch=2, progress=False)  # fmt: skip
+    assert report.missing == {} or all(not each for each in report.missing.values())
+
+
+def test_decoding_on_the_device() -> None:
+    network, x = network_on("cuda")
+    found = decode(network, x[:1], decoding=Decoding(steps=8))
+    assert found.inputs.is_cuda
+    assert bool((found.response > found.photo).all())
