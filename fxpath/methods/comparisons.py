@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..attribution import input_gradient
+from ..attribution import differentiable, input_gradient
 from ..errors import InputError
 from ..memory import kept_memory
 from ..network import Network
@@ -53,7 +53,8 @@ class InputMCT(Compared):
     ) -> Tensor:
         explained = Explained.of(self.key, network, x, target)
         method = captum().InputXGradient(explained.response)
-        found: Tensor = method.attribute(explained.x.requires_grad_(), additional_forward_args=explained.target)
+        with differentiable(self.key):
+            found: Tensor = method.attribute(explained.x.requires_grad_(), additional_forward_args=explained.target)
         return found.detach()
 
 
@@ -179,5 +180,6 @@ def _singly(explained: Explained, key: str, runs: int, one: Callable[[Explained,
                 progress.update(len(x))
                 return alone.response(x, target)
 
-            maps.append(one(alone, forward).detach())
+            with differentiable(key):
+                maps.append(one(alone, forward).detach())
     return torch.cat(maps)
