@@ -103,9 +103,10 @@ def _checked(
         raise RestrictionError(
             f"{said}: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
         )
-    empty = ~pathways.mask.any(dim=1)
-    if bool(empty.any()):
-        rows = torch.nonzero(empty.expand(samples.batch)).flatten().tolist()
+    mask = pathways.mask.numpy() if pathways.mask.device.type == "cpu" else pathways.mask  # NumPy's any ends early
+    kept = torch.as_tensor(mask.any(1))
+    if not bool(kept.all()):
+        rows = torch.nonzero(~kept.expand(samples.batch)).flatten().tolist()
         names = ", ".join(repr(samples.names[row]) for row in rows[:5]) + (" …" if len(rows) > 5 else "")
         zero = around and (-1, len(network.index)) not in network.edges
         left = "it is 0 everywhere" if zero else "it is of what reaches the response through no site"

@@ -38,7 +38,8 @@ _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 class _Rectified(nn.Module):
     """What a rectifier gives, rectified once more: that changes no value, and gives captum a ReLU of torch's to hook.
 
-    Its rule, that no negative gradient passes, is the same before and after the rectifier, whatever form that has.
+    Its rule, that no negative gradient passes, is the same before and after the rectifier, whatever form that has. What
+    captum hooks is the tensor that the ReLU is given, and thereby all that read it: here nothing else does.
     """
 
     def __init__(self) -> None:
@@ -46,8 +47,7 @@ class _Rectified(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, a: Tensor) -> Tensor:
-        # captum hooks the tensor that the ReLU is given: one of its own, so that no other reader's gradient is changed
-        return self.relu(a.view_as(a)) if a.requires_grad else a
+        return self.relu(a) if a.requires_grad else a  # what passes no gradient back takes no hook
 
 
 class _Layer(nn.Module):
