@@ -280,11 +280,25 @@ def test_responses_that_hold_a_number_for_every_sample() -> None:
             parse_method(text).attribute(network, x)
 
 
+class Cut(nn.Module):
+    """No gradient comes back to the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(2, 3, 3), nn.Linear(27, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.conv(x.detach())).flatten(1))
+
+
 def test_responses_that_do_not_depend_on_the_input_have_maps_of_zeros() -> None:
-    network, x = traced("Break"), BY_NAME["Break"].x(2)  # its gradient is cut
-    for text in ("gradient", "input_mct", "input_intgrad", "smooth_grad", "guided_backprop"):
-        assert not bool(quick(text).attribute(network, x).any())
-    assert bool(Occlusion().attribute(network, x).any())
+    x = BY_NAME["Break"].x(2)
+    frozen = Cut().double().eval().requires_grad_(False)
+    for each in (traced("Break"), fxpath.trace(Cut().double().eval(), x), fxpath.trace(frozen, x)):
+        for text in ("gradient", "input_mct", "input_intgrad", "smooth_grad", "guided_backprop"):
+            assert not bool(quick(text).attribute(each, x).any())
+        assert bool(Occlusion().attribute(each, x).any())
+        assert bool(parse_method("grad_cam:rectify=False").attribute(each, x).any())
 
 
 def test_other_branches_of_perturbed_inputs_are_said() -> None:

@@ -562,8 +562,24 @@ def test_networks_without_a_site_for_grad_cam() -> None:
     assert bool(GradCAM(rectify=False).attribute(chosen, image(2)).any())
 
 
+class Detached(Head):
+    """No gradient comes back to the first site, though the response depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.conv1, self.conv2 = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv2(F.relu(self.conv1(x)).detach())))
+
+
 def test_grad_cam_is_zero_where_no_gradient_comes_back() -> None:
-    network, x = traced("Break"), BY_NAME["Break"].x(2)
+    x = image(2)
+    for model in (Detached(), Detached().requires_grad_(False)):
+        network = fxpath.trace(model.double().eval(), x)
+        assert not bool(GradCAM("relu", rectify=False).attribute(network, x).any())
+        assert bool(GradCAM("relu_1", rectify=False).attribute(network, x).any())
+    network = traced("Break")  # rounded
     assert not bool(GradCAM("relu", rectify=False).attribute(network, x).any())
     assert bool(GradCAM("relu_2", rectify=False).attribute(network, x).any())
 

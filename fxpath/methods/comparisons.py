@@ -130,9 +130,9 @@ class SmoothGrad(Compared):
 class Occlusion(Compared):
     """Φ(x) − Φ(x with a window set to 0), at every pixel the mean over the windows that cover it.
 
-    Windows of `size` pixels to a side, `stride` pixels apart, all channels at once; single pixels by default (one run
-    of the network for each: an hour for a photo of 227² on a small machine). The last window of a row ends at the
-    border.
+    Windows of `size` pixels to a side, `stride` pixels apart, all channels at once; single pixels by default, and a run
+    of the network for each of them: SqueezeNet takes seven minutes for a photo of 227² on two cores. The last window
+    of a row ends at the border.
     """
 
     name: ClassVar[str] = "occlusion"
