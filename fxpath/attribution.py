@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .errors import EmptyPathwaysWarning, InputError, RestrictionError, unknown
+from .errors import EmptyPathwaysWarning, InputError, ModelError, RestrictionError, unknown
 from .gates import Gates, Restriction
 from .network import Network
 from .nodes import called_module, carries_data, plain_name
@@ -23,6 +26,7 @@ from .tracing import NAME, plain_attention
 Reduction = Literal["max_abs", "signed_max", "signed_sum"]
 
 _GATHERS = {"embedding", "embedding_bag", "one_hot"}
+_UNDIFFERENTIABLE = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
 
 
 def pathway_gradient(
@@ -70,6 +74,21 @@ def require_open(said: str, network: Network) -> None:
         raise RestrictionError(f"{said}: the network is restricted already; leave the with block first")
 
 
+@contextmanager
+def differentiable(said: str) -> Iterator[None]:
+    """Say of operations that torch cannot differentiate which they are; raises `ModelError`."""
+    try:
+        yield
+    except RuntimeError as failure:
+        found = _UNDIFFERENTIABLE.search(str(failure))
+        if found is None:
+            raise
+        raise ModelError(
+            f"{said}: the model has no gradient: torch cannot differentiate {found[1]}; write it with other "
+            "operations, or take a method without gradients, such as occlusion"
+        ) from failure
+
+
 def _checked(
     said: str, network: Network, x: Any, pathways: Pathways, target: type_of_target, *, around: bool = True
 ) -> tuple[list[Tensor], Samples]:
@@ -84,9 +103,10 @@ def _checked(
         raise RestrictionError(
             f"{said}: there are {pathways.batch} pathways for {samples.batch} samples; give one each"
         )
-    empty = ~pathways.mask.any(dim=1)
-    if bool(empty.any()):
-        rows = torch.nonzero(empty.expand(samples.batch)).flatten().tolist()
+    mask = pathways.mask.numpy() if pathways.mask.device.type == "cpu" else pathways.mask  # NumPy's any ends early
+    kept = torch.as_tensor(mask.any(1))
+    if not bool(kept.all()):
+        rows = torch.nonzero(~kept.expand(samples.batch)).flatten().tolist()
         names = ", ".join(repr(samples.names[row]) for row in rows[:5]) + (" …" if len(rows) > 5 else "")
         zero = around and (-1, len(network.index)) not in network.edges
         left = "it is 0 everywhere" if zero else "it is of what reaches the response through no site"
@@ -103,7 +123,7 @@ def _at_inputs(network: Network, samples: Samples, gates: Gates, said: str) -> A
     """The gradients of a network with these gates, like the inputs."""
     if not any(_has_gradient(tensor) for tensor in samples.tensors):
         raise InputError(_no_gradient(network, said))
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), differentiable(said):
         given = samples.map(lambda leaf: leaf.detach().requires_grad_(_has_gradient(leaf)))
         output = network._run(given, gates)
         gradients = iter(_gradients(network, samples, output, [leaf for leaf in given.tensors if leaf.requires_grad]))
@@ -192,7 +212,7 @@ def _at_node(network: Network, samples: Samples, held: Restriction, name: str) -
             first, *outside = start(*network.traced.bind(samples), Gates(network.index, held))
         if not isinstance(first, Tensor) or not _has_gradient(first):
             raise InputError(f"pathway_gradient: wrt: expected a node that gives a floating-point tensor, found {name}")
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable("pathway_gradient"):
             first = first.detach().requires_grad_()
             output = network.traced.unbind(after.module(first, *outside, Gates(network.index, held)))
             return _gradients(network, samples, output, [first])[0]

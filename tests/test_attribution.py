@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from footprint import unchanged
-from networks import BY_NAME, CASES, Case, traced
+from networks import BY_NAME, CASES, Case, trace_any, traced
 from torch import Tensor, nn
 
 import fxpath
@@ -137,6 +137,29 @@ def test_batches_are_samples_one_by_one() -> None:
         one = fxpath.pathway_gradient(network, x, pathways.take([1]))  # one pathway for all
         torch.testing.assert_close(one[1], whole[1], rtol=1e-12, atol=1e-14)
         assert not torch.allclose(one[0], whole[0])
+
+
+class Handed(nn.Module):
+    """In evaluation mode dropout hands on the very tensor that it was given, which is read besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop, self.head = nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc(x)
+        return self.head(self.drop(z) ** 2 + z)
+
+
+def test_what_reads_the_same_tensor_is_not_held() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    network = trace_any(Handed().double().eval(), x, sites="drop")
+    pathways = random_pathways(network, 3)
+    given = x.clone().requires_grad_()
+    with network.frozen(pathways, at=x):
+        (expected,) = torch.autograd.grad(network.respond(given, 1).sum(), given)
+    torch.testing.assert_close(fxpath.pathway_gradient(network, x, pathways, 1), expected, rtol=1e-12, atol=1e-15)
 
 
 def test_held_restrictions_hold_bits_alone() -> None:

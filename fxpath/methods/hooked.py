@@ -18,25 +18,28 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..activations import activations_of, classify
+from ..attribution import differentiable
 from ..errors import ModelError, SiteError
 from ..gates import Gates
 from ..naming import NAME
 from ..network import Network
 from ..neurons import NeuronIndex, Site
-from ..nodes import called_module
+from ..nodes import called_module, plain_name
 from ..pathways import Pathways
 from ..rewriting import GATES, gate
 from ..samples import type_of_target
 from .explained import Explained, captum, images
 from .registry import Compared, register
 
+_RECURRENT = {"rnn_relu", "rnn_relu_cell"}
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class _Rectified(nn.Module):
     """What a rectifier gives, rectified once more: that changes no value, and gives captum a ReLU of torch's to hook.
 
-    Its rule, that no negative gradient passes, is the same before and after the rectifier, whatever form that has.
+    Its rule, that no negative gradient passes, is the same before and after the rectifier, whatever form that has. What
+    captum hooks is the tensor that the ReLU is given, and thereby all that read it: here nothing else does.
     """
 
     def __init__(self) -> None:
@@ -44,8 +47,7 @@ class _Rectified(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, a: Tensor) -> Tensor:
-        # captum hooks the tensor that the ReLU is given: one of its own, so that no other reader's gradient is changed
-        return self.relu(a.view_as(a)) if a.requires_grad else a
+        return self.relu(a) if a.requires_grad else a  # what passes no gradient back takes no hook
 
 
 class _Layer(nn.Module):
@@ -105,7 +107,7 @@ class GuidedBackprop(Compared):
         explained = Explained.of(self.key, network, x, target)
         gated, numbers = _gated_rectifiers(self.key, network)
         module = _Hookable(replace(explained, network=gated), {number: _Rectified() for number in numbers})
-        with _without_noise():
+        with differentiable(self.key), _without_noise():
             method = captum().GuidedBackprop(module)
             found: Tensor = method.attribute(explained.x.requires_grad_(), additional_forward_args=explained.target)
         return found.detach()
@@ -135,10 +137,11 @@ class GradCAM(Compared):
         part = _Layer(site.axis + 1)
         module = _Hookable(explained, {network.index.number(site): part})
         method = captum().LayerGradCam(module, part.layer)
-        coarse = method.attribute(
-            explained.x.requires_grad_(), additional_forward_args=explained.target, relu_attributions=self.rectify,
-            grad_kwargs={"allow_unused": True, "materialize_grads": True},
-        )  # fmt: skip
+        with differentiable(self.key):
+            coarse = method.attribute(
+                explained.x.requires_grad_(), additional_forward_args=explained.target, relu_attributions=self.rectify,
+                grad_kwargs={"allow_unused": True, "materialize_grads": True},
+            )  # fmt: skip
         found: Tensor = captum().LayerAttribution.interpolate(
             coarse.detach(), tuple(explained.x.shape[2:]), interpolate_mode=_MODES[axes]
         )
@@ -216,18 +219,20 @@ def _gated_rectifiers(said: str, network: Network) -> tuple[Network, list[int]]:
 
 
 def _require_plain_leaves(said: str, module: fx.GraphModule) -> None:
-    """Raise `ModelError` for modules that the graph calls as one and that hold rectifiers, naming one of them."""
+    """Raise `ModelError` for what the graph calls as a whole and rectifies within, naming one of them."""
     for node in module.graph.nodes:
         called = called_module(node)
-        if called is None or classify(node) is not None:
-            continue
-        for path, part in called.named_modules():
-            if _rectifies(part):
-                raise ModelError(
-                    f"{said}: {node.meta[NAME]} ({type(called).__name__}) is called as a whole and rectifies within "
-                    f"({path or 'itself'}), where the rule cannot reach. Trace without leaves=… and without making it "
-                    "a site, or take another method"
-                )
+        parts = [] if called is None or classify(node) is not None else list(called.named_modules())
+        within = [path or "itself" for path, part in parts if _rectifies(part)]
+        if plain_name(node) in _RECURRENT:
+            within = [str(plain_name(node))]
+        if within:
+            kind = f" ({type(called).__name__})" if called is not None else ""
+            raise ModelError(
+                f"{said}: {node.meta[NAME]}{kind} is called as a whole and rectifies within ({within[0]}), where the "
+                "rule cannot reach. Write its steps out in forward, or trace without leaves=… and without making it a "
+                "site, or take another method"
+            )
 
 
 def _rectifies(module: nn.Module) -> bool:
