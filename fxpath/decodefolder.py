@@ -26,6 +26,7 @@ from .items import collate, misfit, read_item, reason_of
 from .keys import checked_sparsities
 from .network import Network
 from .progress import no_bars
+from .records import require_same
 from .responses import identity
 from .selectors import Selector, parse
 from .selectors.registry import parameters
@@ -168,18 +169,8 @@ def _begin(folder: Path, record: dict[str, Any]) -> None:
     elif there != record and not done_photos(folder) and not (folder / FEATURES).exists():
         write_json(record, folder / _JOB)  # that job never got anywhere
     elif there != record:
-        differing = [name for name in dict.fromkeys((*record, *there)) if there.get(name) != record.get(name)]
-        said = "; ".join(
-            f"{name}: there {_brief(there.get(name))}, here {_brief(record.get(name))}" for name in differing[:3]
-        )
-        raise StoreError(
-            f"decode: {folder} holds the results of another job ({said}); choose another folder, or remove this one"
-        )
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+        ours = dict.fromkeys(there) | record  # what that one alone says differs, too
+        require_same(ours, there, str(folder), "choose another folder, or remove this one", said="decode")
 
 
 def _known_space(folder: Path) -> InputSpace | None:

@@ -246,7 +246,8 @@ def _caption(page: Page, classes: Sequence[str], sample: pd.Series[Any], size: f
     """The class, its probability, and other classes that the sample has or gets, at the left; the id at the right."""
     target, predicted, label = (int(sample[name]) for name in ("target", "prediction", "label"))
     names = {
-        number: classes[number] if number < len(classes) else f"class {number}" for number in (target, predicted, label)
+        number: classes[number] if 0 <= number < len(classes) else f"class {number}"
+        for number in (target, predicted, label)
     }
     parts = []
     if target >= 0:

@@ -115,7 +115,7 @@ def check_map_part(path: str | os.PathLike[str], job: str, ids: Sequence[str]) -
 
 
 def require_nothing_foreign(path: str | os.PathLike[str]) -> None:
-    """Raise `StoreError` where a store holds what fxpath did not write, and would lose on writing it anew."""
+    """Raise `StoreError` where a store cannot be written anew: damaged, or with what fxpath would lose."""
     with open_file(path) as file, reading(file, "/"):
         known = {*HEADER_ATTRIBUTES, *read_header(file).notes}
         foreign = [f"/{name}" for name in file if name not in _MEMBERS]
@@ -125,6 +125,7 @@ def require_nothing_foreign(path: str | os.PathLike[str]) -> None:
             f"{path}: it holds {', '.join(foreign[:5])}, which this version of fxpath does not know and would lose; "
             "keep that in a file of its own (an attribute: as fixed-length text), or update fxpath"
         )
+    _survey_store(Path(path), {})  # also of what is not asked for: all of it moves
 
 
 def _join(file: h5py.File, surveys: Sequence[_Survey], told: Callable[[int], None]) -> None:

@@ -322,6 +322,10 @@ def test_without_a_space_the_first_photo_gives_it(tmp_path: Path) -> None:
     ("other", "said"),
     [
         ({"decoding": Decoding(steps=7, every=3)}, 'decoding: there {"steps": 6'),
+        (
+            {"decoding": Decoding(steps=6, every=3, rotation=7)},
+            'decoding: there {"rotation": 5.0}, here {"rotation": 7',
+        ),
         ({"sparsity": 0.8}, "there 0.5, here 0.8"),
         ({"selectors": ("neuron_mct",)}, "selectors: there"),
         ({"target": 3}, 'target: there "predicted", here "3"'),
@@ -338,6 +342,14 @@ def test_the_folder_of_another_job_is_refused(tmp_path: Path, other: dict[str, A
     ):
         decode_photos(small(), Chosen(range(1)), tmp_path, **(OPTIONS | other))
     assert contents(tmp_path) == before
+
+
+def test_a_record_that_says_more_is_refused(tmp_path: Path) -> None:
+    decode_photos(small(), Chosen(range(1)), tmp_path, **OPTIONS)
+    record = json.loads((tmp_path / "decode.json").read_text())
+    (tmp_path / "decode.json").write_text(json.dumps(record | {"newer": 2}))
+    with pytest.raises(StoreError, match=r"another job \(newer: there 2, here null\)"):
+        decode_photos(small(), Chosen(range(1)), tmp_path, **OPTIONS)
 
 
 def test_jobs_that_are_refused(tmp_path: Path) -> None:

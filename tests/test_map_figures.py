@@ -322,6 +322,14 @@ def test_captions_say_the_class_and_its_probability(changes: dict[str, list[Any]
         assert "photo-1.jpg" in [text.get_text() for text in figure.texts]
 
 
+def test_samples_without_a_label_in_a_store_without_class_names() -> None:
+    maps = store(classes=(), changes={"label": [-1] * 3})
+    for figure in (overview_figure(maps, [1], METHODS), sample_figure(maps, 1, METHODS)):
+        assert [text.get_text() for text in figure.texts if text.get_weight() == "bold"] == [
+            "predicted: class 1, p = 0.51"
+        ]
+
+
 def test_long_names_are_cut_and_no_mathematics() -> None:
     names = tuple(
         f"a/long_folder/of $photos$/n02124075/another_folder/ILSVRC2012_val_{row:08d} $x_2$.JPEG" for row in range(3)

@@ -819,6 +819,18 @@ def test_files_that_are_no_finished_store(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / "nowhere.h5").exists()
 
 
+def test_damage_in_what_is_not_asked_for_is_refused_before_anything_is_computed(path: Path) -> None:
+    add_maps(Chosen(range(10)), path, methods=["gradient"])
+    with h5py.File(path, "r+") as file:
+        del file["maps/gradient/seconds"]
+    data, before = Chosen(range(10)), path.read_bytes()
+    with pytest.raises(StoreError, match="expected dataset /maps/gradient/seconds, found none"):
+        add_maps(data, path, methods=["input_mct"])
+    assert data.read == []
+    assert path.read_bytes() == before
+    assert leftovers(path.parent) == {path.name}
+
+
 def test_what_fxpath_does_not_know_is_refused_before_anything_is_computed(path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file.create_group("connectivity")
