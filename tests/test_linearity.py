@@ -390,6 +390,17 @@ class Shifted(nn.ReLU):
         return F.relu(input - 1)
 
 
+class Powered(nn.Module):
+    """A formula that leaks only while its parameter is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, 0.1 * x**self.power)
+
+
 UNCOVERED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "softmax": (lambda x: x.softmax(1), "softmax"), "layer norm": (nn.LayerNorm(3), "LayerNorm"),
     "gelu": (F.gelu, "gelu"), "silu formula": (lambda x: x * x.sigmoid(), "silu"),
@@ -400,6 +411,8 @@ UNCOVERED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "jump by name": (lambda x: F.threshold(x, 0.1, 0.5), "threshold"),
     "group norm": (nn.GroupNorm(1, 2), "GroupNorm"), "exponential": (torch.exp, "exp"),
     "whole numbers": (lambda x: x + x.int(), "int"), "normalised": (F.normalize, "norm"),
+    "a parameter's power": (Powered(), "leaky_relu"),
+    "bends far away": (lambda x: torch.where(x > 0, x, torch.where(x > -200, 0.1 * x, 5 * x)), "leaky_relu"),
     "slopes of data": (lambda x: F.prelu(x, x.mean((0, 2, 3))), "prelu"),
 }  # fmt: skip
 
