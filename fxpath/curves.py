@@ -75,11 +75,13 @@ class Curve:
         return "relu6" if abs(end - 6) < 1e-6 else "clamp", slope
 
     def kinks(self) -> tuple[float, ...]:
-        """Where a rectifier, or one that leaks, bends: at 0, and where it ends if it does."""
+        """Where a rectifier, or one that leaks, bends: at 0, and where it ends if it does; () for anything else."""
         found = self.rectifier()
-        if found is None or found[0] == "relu":
-            return (0.0,)
-        return (0.0, float(self.values.max()) / found[1])
+        if found is not None:
+            return (0.0,) if found[0] == "relu" else (0.0, float(self.values.max()) / found[1])
+        leak = float(self.values[self.points == -1e-3][0]) / -1e-3
+        leaking = torch.allclose(self.values, F.leaky_relu(self.points, leak), rtol=1e-6)  # next to its numbers too
+        return (0.0,) if leaking else ()
 
     def activation(self) -> tuple[str, float] | None:
         """The smooth activation that the values are a positive multiple of, and the factor."""

@@ -326,7 +326,7 @@ def _read(node: fx.Node, name: str, x: fx.Node, within: set[str], closed: set[fx
         return None
     op, scale = found
     last = _scaled(node, scale) if product else node
-    kinks = drawn.kinks() if drawn is not None and (rectifier or op == "leaky_relu") else ()
+    kinks = drawn.kinks() if drawn is not None and constant and (rectifier or op == "leaky_relu") else ()
     return Formula(last, op, rectifier, frozenset((closed | {node}) - {last}), x, kinks)
 
 

@@ -106,9 +106,10 @@ def bends(network: Network, affine: Sequence[str] = ()) -> Bends:
         else:
             formula = formulas.get(node)
             source = argument(node, 0, "input", "self") if formula is None else formula.x
-            kinks = _kinks(node) if formula is None else formula.kinks
-            found = maximum(node) if formula is None else None
-            if kinks and isinstance(source, fx.Node):
+            plain = formula is None and node not in within  # a formula bends where it says, not where its parts do
+            kinks = formula.kinks if formula is not None else _kinks(node) if plain else ()
+            found = maximum(node) if plain else None
+            if kinks and isinstance(source, fx.Node) and (formula is not None or _alone(node, source, known)):
                 hinges.append(Hinge(node, source, kinks, sites.get(node)))
             elif found is not None:
                 maxima.append(found)
@@ -118,6 +119,14 @@ def bends(network: Network, affine: Sequence[str] = ()) -> Bends:
     if (why := _response(network)) is not None:
         uncovered.append(why)
     return Bends(tuple(hinges), tuple(maxima), tuple(uncovered))
+
+
+def _alone(node: fx.Node, source: fx.Node, known: dict[fx.Node, Growth]) -> bool:
+    """Whether all that an activation reads beside its source is given: slopes made of data are no slopes."""
+    read: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), read.append)
+    read.remove(source)
+    return all(known[each] is Growth.CONSTANT for each in read)
 
 
 def _kinks(node: fx.Node) -> tuple[float, ...]:

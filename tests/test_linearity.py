@@ -362,11 +362,43 @@ def test_covered_operations(name: str) -> None:
     )
 
 
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "halves": lambda x: (x + x.abs()) / 2, "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "step": lambda x: x * (x > 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_formula_bends_as_the_rectifier_that_it_is(name: str) -> None:
+    """Not where its parts do: off the path nothing of it is left that bends."""
+    torch.manual_seed(5)
+    x = torch.randn(20, 2, 3, 3, dtype=torch.float64)
+    plain = fxpath.trace(Composed(nn.ReLU()).double().eval(), x)
+    written = fxpath.trace(Composed(WRITTEN[name]).double().eval(), x)
+    state = {key.removeprefix("first."): value for key, value in plain.tensors.items()}
+    for key, tensor in written.tensors.items():
+        tensor.data.copy_(state[key])
+    pathways = active_pathways(plain, x)
+    found = linear_radius(written, x, fxpath.Pathways(pathways.mask, written.index)).value
+    torch.testing.assert_close(found, linear_radius(plain, x, pathways).value)
+
+
 class Shifted(nn.ReLU):
     """A subclass that bends elsewhere."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input - 1)
+
+
+class Powered(nn.Module):
+    """A formula that leaks only while its parameter is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, 0.1 * x**self.power)
 
 
 UNCOVERED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -379,6 +411,9 @@ UNCOVERED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "jump by name": (lambda x: F.threshold(x, 0.1, 0.5), "threshold"),
     "group norm": (nn.GroupNorm(1, 2), "GroupNorm"), "exponential": (torch.exp, "exp"),
     "whole numbers": (lambda x: x + x.int(), "int"), "normalised": (F.normalize, "norm"),
+    "a parameter's power": (Powered(), "leaky_relu"),
+    "bends far away": (lambda x: torch.where(x > 0, x, torch.where(x > -200, 0.1 * x, 5 * x)), "leaky_relu"),
+    "slopes of data": (lambda x: F.prelu(x, x.mean((0, 2, 3))), "prelu"),
 }  # fmt: skip
 
 
